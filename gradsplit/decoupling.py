@@ -1,0 +1,147 @@
+"""Decoupling: what one merge saw. Kept as tensors on the device; nothing waits for the host."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Decoupling"]
+
+
+@dataclass(frozen=True, eq=False)
+class Decoupling:
+    """The report of one :meth:`ModalityDecoupledOptimizer.backward`.
+
+    Everything is derived from the Gramian K (m, m) and the weights w (m,), measured on the scope
+    of the optimizer. Reading ``losses``, ``gramian``, ``weights`` and the methods that return
+    tensors does not synchronise with the host; ``conflicts``, ``conflict_rate``, ``alignment`` and
+    ``as_scalars`` do.
+
+    Attributes:
+        names: the m rows that were present, in the order of all (m,) and (m, m) tensors.
+        unavailable: names that came as None and have no row.
+        losses: (m,), detached; summed over accumulated micro-batches.
+        gramian: (m, m), float64, K_jk = <g_j, g_k>.
+        weights: (m,), float64, the rule's weights before the reduction.
+
+    >>> K = torch.tensor([[4.0, -2.0], [-2.0, 4.0]])
+    >>> seen = Decoupling(("text", "audio"), (), torch.ones(2), K, torch.tensor([1.5, 1.5]))
+    >>> seen.conflicts(), seen.angles()
+    ([('text', 'audio')], tensor([120.0000]))
+    """
+
+    names: tuple[str, ...]
+    unavailable: tuple[str, ...]
+    losses: Tensor
+    gramian: Tensor
+    weights: Tensor
+
+    def norms(self) -> Tensor:
+        """(m,): ||g_i||."""
+        return self.gramian.diagonal().sqrt()
+
+    def cosine(self) -> Tensor:
+        """(m, m): cosine similarity of each pair of rows; 0 where a row is zero."""
+        norms = self.norms()
+        # One division after the other: the product of two tiny norms could underflow.
+        cosine = self.gramian / _nonzero(norms)[:, None] / _nonzero(norms)
+        return cosine.clamp(-1.0, 1.0)
+
+    def angles(self) -> Tensor:
+        """(m(m-1)/2,): angle of each pair in degrees, pairs in the order (0, 1), (0, 2), ...
+
+        A zero row is counted as orthogonal to every other. The paper's Fig. 3 is the histogram
+        of these.
+        """
+        return self._pairs(self.cosine()).acos().rad2deg()
+
+    def shares(self) -> Tensor:
+        """(m,): ||g_i|| / sum_k ||g_k||."""
+        norms = self.norms()
+        return norms / _nonzero(norms.sum())
+
+    def dominance(self) -> Tensor:
+        """(m, m): |cos_jk| ||g_j|| / ||g_k||, how far row j dominates row k (paper, Eq. 6).
+
+        Much larger than 1 in a conflicting pair: the plain sum moves against row k. Pairs that do
+        not conflict are included; the diagonal is 1. 0 where g_k is zero.
+        """
+        dominance = self.gramian.abs() / _nonzero(self.gramian.diagonal())
+        itself = torch.eye(len(self.names), dtype=torch.bool, device=dominance.device)
+        return torch.where(itself, 1.0, dominance)
+
+    def conflicts(self) -> list[tuple[str, str]]:
+        """Pairs of names with <g_j, g_k> < 0."""
+        conflicting = (self._pairs(self.gramian) < 0).tolist()
+        pairs = itertools.combinations(self.names, 2)
+        return [pair for pair, conflict in zip(pairs, conflicting, strict=True) if conflict]
+
+    def conflict_rate(self) -> float:
+        """Share of the m(m-1)/2 pairs that conflict; 0.0 for one row."""
+        return len(self.conflicts()) / max(1, math.comb(len(self.names), 2))
+
+    def alignment(self) -> float:
+        """Cosine between the merged gradient and the plain sum of the rows, over the scope.
+
+        w^T K 1 / sqrt(w^T K w  1^T K 1). 1.0 means that decoupling changed nothing but the step
+        length; it is also what a single row and all-one weights give. 0.0 where the rows cancel
+        so that one of the two is zero.
+        """
+        return float(self._alignment())
+
+    def as_scalars(self, prefix: str = "gradsplit/") -> dict[str, float]:
+        """A flat mapping for any logger: ``add_scalar``, Lightning's ``log_dict``, W&B.
+
+        Per row: ``loss/NAME``, ``norm/NAME``, ``share/NAME``, ``weight/NAME``. Over all pairs:
+        ``conflict_rate``, ``cosine_min``, ``dominance_max``, ``alignment``.
+        """
+        per_row = {
+            "loss": self.losses,
+            "norm": self.norms(),
+            "share": self.shares(),
+            "weight": self.weights,
+        }
+        keys = [f"{prefix}{kind}/{name}" for kind in per_row for name in self.names]
+        tensors = [tensor.double() for tensor in per_row.values()]
+        pairs = self._pairs(self.cosine())
+        if pairs.numel() > 0:
+            keys += [f"{prefix}cosine_min", f"{prefix}dominance_max"]
+            others = torch.eye(len(self.names), dtype=torch.bool, device=pairs.device)
+            dominance = torch.where(others, 0.0, self.dominance())
+            tensors += [pairs.min().reshape(1).double(), dominance.max().reshape(1).double()]
+        keys += [f"{prefix}conflict_rate", f"{prefix}alignment"]
+        conflicts = (self._pairs(self.gramian) < 0).sum() / max(1, pairs.numel())
+        tensors += [conflicts.reshape(1).double(), self._alignment().reshape(1).double()]
+        return dict(zip(keys, torch.cat(tensors).tolist(), strict=True))  # the one transfer
+
+    def _alignment(self) -> Tensor:
+        gramian, weights = self.gramian.double(), self.weights.double()
+        plain = gramian.sum(-1)  # K 1
+        inner, plain_square = weights @ plain, plain.sum()
+        merged_square = weights @ gramian @ weights
+        # A cancelled sum can come out as a tiny negative square: it is zero.
+        scale = plain_square.clamp(min=0.0).sqrt() * merged_square.clamp(min=0.0).sqrt()
+        cosine = (inner / _nonzero(scale)).clamp(-1.0, 1.0)
+        return torch.where((weights == 1).all(), 1.0, cosine)
+
+    def _pairs(self, matrix: Tensor) -> Tensor:
+        """(m(m-1)/2,): the entries above the diagonal, row by row."""
+        pairs = list(itertools.combinations(range(len(self.names)), 2))
+        # Built from slices: an index tensor would have to be copied to the device.
+        above = [matrix[j, j + 1 :] for j in range(len(self.names))]
+        return torch.cat(above) if pairs else matrix.new_zeros(0)
+
+
+def _nonzero(tensor: Tensor) -> Tensor:
+    return torch.where(tensor == 0, 1.0, tensor)
+
+
+def join_losses(losses: Sequence[Tensor]) -> Tensor:
+    """(m,): detached losses of shape () or (1,) in their widest dtype."""
+    dtype = losses[0].dtype
+    for loss in losses[1:]:
+        dtype = torch.promote_types(dtype, loss.dtype)
+    return torch.stack([loss.detach().reshape(()).to(dtype) for loss in losses])

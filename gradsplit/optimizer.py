@@ -1,0 +1,481 @@
+"""ModalityDecoupledOptimizer: the only file that knows ``torch.optim``."""
+
+import contextlib
+import inspect
+import itertools
+import types
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import LBFGS, SGD, Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from gradsplit import rules
+from gradsplit.decoupling import Decoupling, join_losses
+from gradsplit.gramian import gramian, merge
+from gradsplit.rows import Losses, Row, RowTaker, add_gradients, check_parameters, read_losses
+
+__all__ = ["ModalityDecoupledOptimizer"]
+
+Rule = Callable[[Tensor], Tensor]
+
+# Scalars that must survive a checkpoint live in the param groups: every tool keeps those.
+_SEED = "gradsplit_seed"
+_MERGES = "gradsplit_merges"
+
+
+class ModalityDecoupledOptimizer(Optimizer):
+    r"""Wraps an optimizer; takes one loss per modality or combination, removes what conflicts.
+
+    The gradients g_1 ... g_m of the losses are merged to sum_i w_i g_i with w = rule(K), where
+    K_jk = <g_j, g_k> is their Gramian (GMD: Gradient-guided Modality Decoupling, AAAI 2024,
+    arXiv 2402.16318).
+
+    >>> import torch
+    >>> from torch.optim import AdamW
+    >>> shared, private = torch.nn.Linear(4, 1), torch.nn.Linear(3, 4)
+    >>> opt = ModalityDecoupledOptimizer(AdamW([*shared.parameters(), *private.parameters()]))
+    >>> text, audio = torch.randn(8, 4), torch.randn(8, 3)
+    >>> losses = opt.step({"text": lambda: shared(text).square().mean(),
+    ...                    "audio": lambda: shared(private(audio)).square().mean()})
+    >>> sorted(losses)
+    ['audio', 'text']
+    >>> opt.last.cosine().shape
+    torch.Size([2, 2])
+
+    Args:
+        base: any ``torch.optim.Optimizer``. Its groups and state are this optimizer's own.
+        rule: ``"gmd"`` (the paper), ``"pcgrad"`` (what the released code runs; there a row also
+            meets itself), or a callable Gramian (..., m, m) -> weights (..., m), for example a
+            weighting of the TorchJD package. A lambda cannot be pickled; a function can.
+        scope: where the Gramian is measured and the weights are applied. ``"shared"`` (the paper):
+            the parameters that every loss of this step reaches. ``"all"`` (the released code):
+            private parameters inflate the norms, and their gradients are rescaled by other
+            losses' conflicts. Or an iterable of parameters. All other parameters get the plain
+            sum (or mean) of their gradients. Where the scope is not reached at all, the weights
+            are one.
+        reduction: ``"mean"`` divides everything by m, the number of losses: with no conflict the
+            result is the gradient of the mean loss. ``"sum"`` (the paper) divides nothing.
+            ``"released"`` (the released code) divides by m on the parameters that every loss
+            reaches, whatever the scope, and not on the others.
+        seed: for ``"pcgrad"``, whose order is drawn from the seed and the number of merges so
+            far: the same on every rank, and after a resume.
+
+    A loss *reaches* a parameter when autograd says so: its gradient is not None. Parameters that
+    no loss reaches keep ``.grad`` as it was; frozen parameters are ignored. Gradients are taken
+    with one backward per loss, so tensor hooks fire once per loss. Losses that share a graph need
+    no ``retain_graph``. Dot products and the merge are computed in float64 whatever the dtype of
+    the gradients. NaN and inf in a gradient reach ``.grad`` and are never dropped, so that
+    ``torch.amp.GradScaler`` sees them. Memory for gradients peaks at m + 1 times the parameters,
+    and nothing waits for the host until a report is read.
+
+    Hooks registered on this optimizer or on the base fire once per step. torch's global optimizer
+    hooks fire for both objects, twice per step. Hooks are not copied by deepcopy or pickle, as
+    with every torch optimizer.
+
+    Raises:
+        TypeError: ``base`` is not an optimizer, or is already wrapped; ``rule`` or ``scope`` is of
+            the wrong type, or ``rule`` does not take exactly one argument.
+        ValueError: unknown ``rule``, ``scope`` or ``reduction``; an empty scope, or one with
+            parameters that are not the base's; a complex parameter.
+    """
+
+    def __init__(
+        self,
+        base: Optimizer,
+        *,
+        rule: str | Rule = "gmd",
+        scope: str | Iterable[Tensor] = "shared",
+        reduction: str = "mean",
+        seed: int = 0,
+    ) -> None:
+        if isinstance(base, ModalityDecoupledOptimizer):
+            raise TypeError("base is already a ModalityDecoupledOptimizer; wrap it once")
+        if not isinstance(base, Optimizer):
+            raise TypeError(f"base must be a torch.optim.Optimizer, got {type(base).__name__}")
+        if reduction not in ("mean", "sum", "released"):
+            raise ValueError(
+                f"reduction must be 'mean', 'sum' or 'released', got {reduction!r}"
+            )
+        if not isinstance(seed, int):
+            raise TypeError(f"seed must be an int, got {type(seed).__name__}")
+        check_parameters(_parameters(base))
+        rule, scope = _checked_rule(rule), _checked_scope(scope, base)
+        # torch's __init__ assigns defaults, state and groups; ours are the base's, which must stay
+        # as they are: a stand-in takes those assignments.
+        self._base: Optimizer = SGD([torch.empty(0, requires_grad=True)], lr=0.0)
+        super().__init__(self._base.param_groups, self._base.defaults)
+        self._adopt(base, rule, scope, reduction)
+        self._write_counters(seed, 0)
+
+    def _adopt(
+        self, base: Optimizer, rule: str | Rule, scope: str | list[Tensor], reduction: str
+    ) -> None:
+        self._base = base
+        self._rule = rule
+        self._scope = scope
+        self._reduction = reduction
+        # Proxies (Lightning, Fabric) share these containers: they are changed, never rebound.
+        self._pending: dict[str, Row] = {}
+        self._reports: list[Decoupling] = []
+        self._active: list[RowTaker] = []
+
+    # -- the decoupling ------------------------------------------------------------------------
+
+    def backward(self, losses: Losses) -> Decoupling:
+        """Add the merged gradient to ``.grad``, as ``loss.backward()`` would.
+
+        Args:
+            losses: a mapping from modality name, or tuple of modality names, to loss; or a
+                sequence (rows "0", "1", ...). A loss is a scalar of shape () or (1,); or a closure
+                that takes no argument, returns such a loss and does not call backward, so that
+                only one graph is alive at a time; or None: unavailable in this batch. A closure
+                may return None. One loss alone equals plain backward.
+
+        Returns:
+            The report. ``losses`` in it, and the rows, include what was accumulated before.
+
+        Raises:
+            TypeError, ValueError: no losses, all unavailable, a loss that is not a real scalar
+                that requires grad, two devices, a loss that reaches no parameter of this optimizer,
+                a closure that calls backward, sparse gradients, a rule that does not return (m,)
+                weights, LBFGS as base. Parameters, ``.grad`` and optimizer state are as before.
+        """
+        return self._decouple(losses, replace=False)[0]
+
+    def accumulate(self, losses: Losses) -> None:
+        """Sum the gradients of one micro-batch into pending rows; ``.grad`` stays as it is.
+
+        :meth:`backward` on the last micro-batch adds its own rows and merges all. Divide each loss
+        by the number of micro-batches, as with plain torch. A combination may be absent from a
+        micro-batch. :meth:`zero_grad` drops pending rows, and they are not part of
+        :meth:`state_dict`. Arguments and errors are those of :meth:`backward`.
+
+        An error found before the first backward leaves the pending rows as they were. A closure
+        that fails after rows of earlier micro-batches have been added to (in place: a copy would
+        double the memory) drops them all, and a note on its exception says so.
+        """
+        with self._rows_of(losses):
+            pass
+
+    # torch declares step(closure); a mapping or sequence of losses is our extension of it.
+    def step(self, closure: Any = None) -> Any:
+        """Step the base; with losses: ``zero_grad()``, :meth:`backward` and the step in one.
+
+        Args:
+            closure: None; a torch closure, which calls backward itself, handed to the base; or
+                losses as in :meth:`backward`.
+
+        Returns:
+            What the base returns; for losses, the detached losses in the same shape: a dict with
+            the same keys or a list, None where unavailable.
+
+        Raises:
+            RuntimeError: there are pending rows from :meth:`accumulate` that were never merged.
+            TypeError, ValueError: as :meth:`backward`; nothing was touched and no step taken.
+        """
+        self._refuse_inside_closure("step()")
+        if self._pending:
+            raise RuntimeError(
+                f"step() with {len(self._pending)} pending rows from accumulate(); call "
+                "backward(losses) with the last micro-batch first, or zero_grad() to drop them"
+            )
+        if closure is None:
+            return self._base.step()
+        if callable(closure) and not isinstance(closure, Mapping | Sequence):
+            return self._base.step(closure)
+        _, taken = self._decouple(closure, replace=True)
+        self._base.step()
+        if isinstance(closure, Mapping):
+            return dict(zip(closure, taken.values(), strict=True))
+        return list(taken.values())
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset ``.grad`` of all parameters, and drop pending rows."""
+        self._refuse_inside_closure("zero_grad()")
+        self._pending.clear()
+        self._base.zero_grad(set_to_none)
+
+    @property
+    def last(self) -> Decoupling | None:
+        """The latest report; None before the first merge."""
+        return self._reports[-1] if self._reports else None
+
+    def _decouple(
+        self, losses: Losses, replace: bool
+    ) -> tuple[Decoupling, dict[str, Tensor | None]]:
+        with self._rows_of(losses) as (taker, taken):
+            rows = [row.gradients for row in taker.rows.values()]
+            reached = [p for p in taker.parameters if any(p in row for row in rows)]
+            common = {p for p in reached if all(p in row for row in rows)}
+            scope = self._scope_of(reached, common)
+            measured = gramian(rows, [p for p in reached if p in scope])
+            weights = self._weights(measured) if scope else torch.ones_like(measured[0])
+            report = Decoupling(
+                names=tuple(taker.rows),
+                unavailable=tuple(name for name in taken if name not in taker.rows),
+                losses=join_losses([row.loss for row in taker.rows.values()]),
+                gramian=measured,
+                weights=weights,
+            )
+            taker.consume()
+            merged: dict[Tensor, Tensor] = {}
+            for in_scope, by_all in itertools.product((True, False), repeat=2):
+                part = [p for p in reached if (p in scope, p in common) == (in_scope, by_all)]
+                factors = weights if in_scope else torch.ones_like(weights)
+                merged |= merge(rows, part, factors / self._divisor(len(rows), by_all))
+        self._pending.clear()
+        if replace:
+            self._base.zero_grad()
+        add_gradients(merged)
+        self._write_counters(self._counter(_SEED), self._counter(_MERGES) + 1)
+        self._reports[:] = [report]
+        return report, taken
+
+    def _scope_of(self, reached: Iterable[Tensor], common: set[Tensor]) -> set[Tensor]:
+        if self._scope == "shared":
+            return common
+        if isinstance(self._scope, str):  # "all"
+            return set(reached)
+        return set(self._scope).intersection(reached)
+
+    def _divisor(self, m: int, reached_by_all: bool) -> int:
+        if self._reduction == "sum" or (self._reduction == "released" and not reached_by_all):
+            return 1
+        return m
+
+    @torch.no_grad()
+    def _weights(self, measured: Tensor) -> Tensor:
+        m = len(measured)
+        if self._rule == "gmd":
+            return rules.gmd(measured)
+        if self._rule == "pcgrad":
+            return rules.pcgrad(measured, self._order(m).to(measured.device))
+        assert callable(self._rule)
+        weights = self._rule(measured)
+        if not isinstance(weights, Tensor):
+            raise TypeError(f"rule must return a tensor of weights, got {type(weights).__name__}")
+        if weights.shape != (m,):
+            raise ValueError(
+                f"rule must return weights of shape ({m},) for a Gramian of shape ({m}, {m}), "
+                f"got {tuple(weights.shape)}"
+            )
+        return weights.detach().to(measured)
+
+    def _order(self, m: int) -> Tensor:
+        """(m, m): for each row a random permutation, from the seed and the number of merges."""
+        # An odd multiplier keeps (seed, merges) and (seed + 1, merges - 1) apart.
+        mixed = self._counter(_SEED) * 0x9E3779B97F4A7C15 + self._counter(_MERGES)
+        generator = torch.Generator().manual_seed(mixed % 2**63)
+        return torch.rand(m, m, generator=generator).argsort(dim=-1)
+
+    @contextlib.contextmanager
+    def _rows_of(self, losses: Losses) -> Iterator[tuple[RowTaker, dict[str, Tensor | None]]]:
+        """Take the rows of ``losses`` into the pending ones: all or nothing, to the end of with."""
+        self._refuse_inside_closure("backward(), accumulate() or step()")
+        if isinstance(self._base, LBFGS):
+            raise TypeError(
+                "LBFGS evaluates its closure several times per step and cannot take losses; "
+                "use step(closure) with a closure that calls backward itself"
+            )
+        entries = read_losses(losses)
+        taker = RowTaker(_parameters(self._base), self._pending)
+        self._active.append(taker)
+        try:
+            with taker:
+                yield taker, taker.take(entries)
+        finally:
+            self._active.clear()
+
+    def _refuse_inside_closure(self, call: str) -> None:
+        if self._active:
+            raise ValueError(
+                f"a closure given to this optimizer called its {call}; such a closure must only "
+                "compute and return its loss"
+            )
+
+    # -- the contract of torch.optim -----------------------------------------------------------
+
+    @property
+    def base(self) -> Optimizer:
+        """The wrapped optimizer."""
+        return self._base
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return self._base.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self._base.defaults = value
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        return self._base.state
+
+    @state.setter
+    def state(self, value: defaultdict[Tensor, Any]) -> None:
+        self._base.state = value
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self._base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self._base.param_groups = value
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base, at any time. Raises ValueError for complex parameters."""
+        self._base.add_param_group(param_group)
+        try:
+            check_parameters(self._base.param_groups[-1]["params"])
+        except ValueError:
+            self._base.param_groups.pop()
+            raise
+        self._write_counters(self._counter(_SEED), self._counter(_MERGES))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the base. Warns when pending rows exist: they are not part of it."""
+        self._warn_pending("state_dict()")
+        return self._base.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state of a wrapped or of a bare base optimizer; drops pending rows."""
+        seed, merges = self._counter(_SEED), self._counter(_MERGES)
+        self._base.load_state_dict(state_dict)
+        self._pending.clear()
+        first = self.param_groups[0]
+        self._write_counters(first.get(_SEED, seed), first.get(_MERGES, merges))
+
+    # State-dict hooks live where state_dict runs, on the base; they are handed this optimizer.
+
+    def register_state_dict_pre_hook(
+        self, hook: Callable[[Optimizer], None], prepend: bool = False
+    ) -> RemovableHandle:
+        return self._base.register_state_dict_pre_hook(lambda _: hook(self), prepend)
+
+    def register_state_dict_post_hook(
+        self,
+        hook: Callable[[Optimizer, dict[str, Any]], dict[str, Any] | None],
+        prepend: bool = False,
+    ) -> RemovableHandle:
+        return self._base.register_state_dict_post_hook(lambda _, s: hook(self, s), prepend)
+
+    def register_load_state_dict_pre_hook(
+        self,
+        hook: Callable[[Optimizer, dict[str, Any]], dict[str, Any] | None],
+        prepend: bool = False,
+    ) -> RemovableHandle:
+        return self._base.register_load_state_dict_pre_hook(lambda _, s: hook(self, s), prepend)
+
+    def register_load_state_dict_post_hook(
+        self, hook: Callable[[Optimizer], None], prepend: bool = False
+    ) -> RemovableHandle:
+        return self._base.register_load_state_dict_post_hook(lambda _: hook(self), prepend)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._warn_pending("a copy or pickle")
+        return {
+            "base": self._base,
+            "rule": self._rule,
+            "scope": self._scope,
+            "reduction": self._reduction,
+            "scheduled": hasattr(self.step, "_wrapped_by_lr_sched"),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._adopt(state["base"], state["rule"], state["scope"], state["reduction"])
+        super().__setstate__({})
+        if state["scheduled"]:
+            # A learning-rate scheduler had patched step. Its patch holds on to the original
+            # object, so the copy, which the copied scheduler drives, gets one of its own.
+            self.step = types.MethodType(_scheduled_step, self)  # type: ignore[method-assign]
+
+    def __repr__(self) -> str:
+        scope = self._scope if isinstance(self._scope, str) else f"{len(self._scope)} parameters"
+        return (
+            f"{type(self).__name__}(rule={self._rule!r}, scope={scope!r}, "
+            f"reduction={self._reduction!r}, base={self._base!r})"
+        )
+
+    def _counter(self, key: str) -> int:
+        value: int = self.param_groups[0].get(key, 0)
+        return value
+
+    def _write_counters(self, seed: int, merges: int) -> None:
+        for group in self.param_groups:
+            group[_SEED], group[_MERGES] = seed, merges
+
+    def _warn_pending(self, what: str) -> None:
+        if self._pending:
+            warnings.warn(
+                f"{what} does not include the {len(self._pending)} pending rows from "
+                "accumulate(); call backward() first to keep them",
+                stacklevel=3,
+            )
+
+
+def _scheduled_step(self: ModalityDecoupledOptimizer, *args: Any, **kwargs: Any) -> Any:
+    """What torch's schedulers put in place of ``step``, to see that it was called."""
+    self._opt_called = True  # type: ignore[attr-defined]
+    return type(self).step(self, *args, **kwargs)
+
+
+_scheduled_step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+
+
+def _parameters(base: Optimizer) -> list[Tensor]:
+    """Every parameter once."""
+    return list(dict.fromkeys(p for group in base.param_groups for p in group["params"]))
+
+
+def _checked_rule(rule: str | Rule) -> str | Rule:
+    if isinstance(rule, str):
+        if rule not in rules.__all__:
+            raise ValueError(f"rule must be one of {rules.__all__} or a callable, got {rule!r}")
+        return rule
+    if not callable(rule):
+        raise TypeError(
+            f"rule must be one of {rules.__all__} or a callable, got {type(rule).__name__}"
+        )
+    try:
+        # A module's __call__ takes anything; its forward tells.
+        signature = inspect.signature(getattr(rule, "forward", rule))
+    except ValueError:  # a builtin that tells nothing
+        return rule
+    try:
+        signature.bind(None)
+    except TypeError:
+        raise TypeError(
+            "rule must take one argument, the Gramian (..., m, m), and return weights (..., m); "
+            f"got a callable with signature {signature} (PCGrad, which needs an order, is rule='pcgrad')"
+        ) from None
+    return rule
+
+
+def _checked_scope(scope: str | Iterable[Tensor], base: Optimizer) -> str | list[Tensor]:
+    expected = "scope must be 'shared', 'all' or an iterable of the base's parameters"
+    if isinstance(scope, str):
+        if scope not in ("shared", "all"):
+            raise ValueError(f"{expected}, got {scope!r}")
+        return scope
+    if isinstance(scope, Tensor) or not isinstance(scope, Iterable):
+        raise TypeError(f"{expected}, got {type(scope).__name__}; put parameters in a list")
+    parameters = list(scope)
+    known = set(_parameters(base))
+    for index, parameter in enumerate(parameters):
+        if not isinstance(parameter, Tensor):
+            raise TypeError(f"{expected}; element {index} is a {type(parameter).__name__}")
+        if parameter not in known:
+            raise ValueError(
+                f"{expected}; element {index}, of shape {tuple(parameter.shape)}, is not one of "
+                "them"
+            )
+    if not parameters:
+        raise ValueError(f"{expected}, got none")
+    return parameters

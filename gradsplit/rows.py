@@ -1,0 +1,331 @@
+"""Per-loss gradient rows: the only file that calls backward or touches ``.grad``.
+
+Rows come from ``.backward()`` and not from ``autograd.grad``, because reentrant checkpointing and
+the hooks of DDP and FSDP work only there. While rows are taken, the parameters' own ``.grad`` are
+set aside; whatever happens, they are put back.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node, get_gradient_edge
+
+__all__ = ["Entry", "Losses", "Row", "RowTaker", "add_gradients", "check_parameters", "read_losses"]
+
+Closure = Callable[[], Tensor | None]
+Losses = (
+    Mapping[str | tuple[str, ...], Tensor | Closure | None] | Sequence[Tensor | Closure | None]
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One loss as the user gave it."""
+
+    name: str
+    where: str  # for messages: "loss 2 of 4 ('text+audio')"
+    loss: Tensor | Closure | None
+
+
+@dataclass
+class Row:
+    """The gradient of one loss, by parameter, for the parameters that it reaches."""
+
+    gradients: dict[Tensor, Tensor]
+    loss: Tensor
+
+
+def read_losses(losses: Losses) -> list[Entry]:
+    """Name the losses and check all that can be checked before any closure or backward runs.
+
+    Raises:
+        TypeError: not a mapping or sequence; a key that is no name; a loss that is neither tensor,
+            closure nor None.
+        ValueError: no losses, all of them None, two keys with one name; a loss that is not a real
+            scalar, requires no grad, or lies on another device than the first.
+    """
+    if isinstance(losses, Mapping):
+        names, values = [_name(key) for key in losses], list(losses.values())
+    elif isinstance(losses, Sequence) and not isinstance(losses, str | bytes):
+        names, values = [str(index) for index in range(len(losses))], list(losses)
+    else:
+        raise TypeError(
+            "losses must be a mapping from modality or combination to loss, or a sequence of "
+            f"losses; got {_describe(losses)}"
+        )
+    if not values:
+        raise ValueError("losses is empty: give one loss per modality or combination")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"losses has two entries named {twice!r}; names must be distinct")
+    wheres = [f"loss {i} of {len(names)} ({name!r})" for i, name in enumerate(names, start=1)]
+    entries = [Entry(*entry) for entry in zip(names, wheres, values, strict=True)]
+    device: torch.device | None = None
+    for entry in entries:
+        if isinstance(entry.loss, Tensor):
+            device = _checked_loss(entry.loss, entry.where, device).device
+        elif entry.loss is not None and not callable(entry.loss):
+            raise TypeError(
+                f"{entry.where} must be a scalar loss tensor, a closure or None; "
+                f"got {_describe(entry.loss)}"
+            )
+    if all(entry.loss is None for entry in entries):
+        raise _all_unavailable(entries)
+    return entries
+
+
+def check_parameters(parameters: Iterable[Tensor]) -> None:
+    """Raise ValueError if one of the parameters that require grad is complex."""
+    for parameter in parameters:
+        if parameter.requires_grad and parameter.is_complex():
+            raise ValueError(
+                f"a parameter of shape {tuple(parameter.shape)} is complex ({parameter.dtype}); "
+                "conflicts are defined for real gradients: store it as torch.view_as_real(...) "
+                "or give it to an optimizer of its own"
+            )
+
+
+def add_gradients(gradients: Mapping[Tensor, Tensor]) -> None:
+    """Add to ``.grad`` as a backward would: in place where there is one already."""
+    for parameter, gradient in gradients.items():
+        if parameter.grad is None:
+            parameter.grad = gradient
+        else:
+            with torch.no_grad():
+                parameter.grad += gradient
+
+
+class RowTaker:
+    """Takes one row per loss, inside ``with``: all or nothing.
+
+    Args:
+        parameters: those of the optimizer. Frozen ones are ignored.
+        rows: rows of earlier micro-batches by name; new gradients are added to them in place, as
+            ``.grad`` would, so that accumulation takes no second copy.
+
+    On leaving without an error, leaves outside ``parameters`` that the losses reach hold the plain
+    sum in ``.grad``. On an error every ``.grad`` is as before; ``rows`` are too, unless rows of
+    earlier micro-batches had already been added to: then they are dropped, and a note on the
+    exception says so. (A leaf outside ``parameters`` that only a reentrant checkpoint knows of is
+    not visible in the graph; it accumulates as torch has it, and is not restored.)
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], rows: dict[str, Row]) -> None:
+        self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        self.rows = rows
+        self._earlier = set(rows)
+        self._spoilt = False
+        self._own: dict[Tensor, Tensor | None] = {}
+        self._outside: dict[Tensor, Tensor | None] = {}
+
+    def __enter__(self) -> "RowTaker":
+        check_parameters(self.parameters)
+        for parameter in self.parameters:
+            self._own[parameter] = parameter.grad
+            parameter.grad = None
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for parameter, gradient in self._own.items():
+            parameter.grad = gradient
+        sums = {leaf: leaf.grad for leaf in self._outside if leaf.grad is not None}
+        for leaf, gradient in self._outside.items():
+            leaf.grad = gradient
+        if error is None:
+            add_gradients(sums)
+        elif self._spoilt:
+            self.rows.clear()
+            if hasattr(error, "add_note"):  # Python 3.11
+                error.add_note(
+                    "gradsplit: rows accumulated from earlier micro-batches had already been "
+                    "added to and were dropped; start the accumulation again"
+                )
+        else:
+            for name in set(self.rows) - self._earlier:
+                del self.rows[name]
+
+    def take(self, entries: Sequence[Entry]) -> dict[str, Tensor | None]:
+        """Run every closure and backward; returns the detached losses by name.
+
+        Raises:
+            ValueError: all entries are unavailable, or a loss reaches none of the parameters.
+            TypeError, ValueError: what a closure returned is not a loss.
+        """
+        tensors = [entry.loss for entry in entries if isinstance(entry.loss, Tensor)]
+        for entry in entries:
+            if isinstance(entry.loss, Tensor):
+                self._check_reach(entry.loss, entry.where)
+        retained = dict(zip(map(id, tensors), _shared_with_later(tensors), strict=True))
+        last = {id(loss): index for index, loss in enumerate(tensors)}
+        device = tensors[0].device if tensors else None
+        taken: dict[str, Tensor | None] = {}
+        position = 0
+        for entry in entries:
+            if isinstance(entry.loss, Tensor):
+                # One tensor may stand under two names: its graph goes with the last of them.
+                again = last[id(entry.loss)] > position
+                loss, retain = entry.loss, retained[id(entry.loss)] or again
+                position += 1
+            else:
+                called = self._call(entry, device)
+                if called is None:
+                    taken[entry.name] = None
+                    continue
+                loss, retain, device = called, False, called.device
+                del called
+            self._backward(loss, retain, entry)
+            taken[entry.name] = loss.detach()
+            del loss  # and with it the graph of a closure, before the next one runs
+        if all(loss is None for loss in taken.values()):
+            raise _all_unavailable(entries)
+        return taken
+
+    def consume(self) -> None:
+        """The rows are about to be merged, which empties them: an error from here on drops them."""
+        self._spoilt = bool(self._earlier)
+
+    def _call(self, entry: Entry, device: torch.device | None) -> Tensor | None:
+        if entry.loss is None:
+            return None
+        assert not isinstance(entry.loss, Tensor)
+        with torch.enable_grad():
+            loss = entry.loss()
+        if any(parameter.grad is not None for parameter in self.parameters):
+            raise ValueError(
+                f"the closure of {entry.where} called backward; it must only compute and return "
+                "its loss, the optimizer calls backward on it"
+            )
+        if loss is None:
+            return None
+        where = f"the closure of {entry.where}: its result"
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"{where} must be a scalar loss or None, got {_describe(loss)}")
+        _checked_loss(loss, where, device)
+        self._check_reach(loss, entry.where)
+        return loss
+
+    def _backward(self, loss: Tensor, retain_graph: bool, entry: Entry) -> None:
+        for node in _walk(loss, set()):
+            leaf = _leaf(node)
+            if leaf is not None and leaf not in self._own and leaf not in self._outside:
+                self._outside[leaf] = leaf.grad
+                leaf.grad = None
+        row = self.rows.get(entry.name)
+        if row is not None:
+            self._spoilt = self._spoilt or entry.name in self._earlier
+            for parameter, gradient in row.gradients.items():
+                parameter.grad = gradient
+        torch.autograd.backward(loss, retain_graph=retain_graph)
+        gradients = {}
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                if parameter.grad.layout is not torch.strided:
+                    raise ValueError(
+                        f"{entry.where} has a sparse gradient for a parameter of shape "
+                        f"{tuple(parameter.shape)}; use dense gradients (for nn.Embedding: "
+                        "sparse=False) or give that parameter to an optimizer of its own"
+                    )
+                gradients[parameter] = parameter.grad
+                parameter.grad = None
+        if not gradients:
+            raise _reaches_nothing(entry.where)
+        total = loss.detach() if row is None else row.loss + loss.detach()
+        self.rows[entry.name] = Row(gradients, total)
+
+    def _check_reach(self, loss: Tensor, where: str) -> None:
+        """Raise before any graph is freed, if the graph shows that the loss reaches nothing."""
+        own = self._own.keys()
+        for node in _walk(loss, set()):
+            # Behind a Python function (a reentrant checkpoint) there may be parameters that the
+            # graph does not show: its backward will tell.
+            if isinstance(node, torch.autograd.function.BackwardCFunction) or _leaf(node) in own:
+                return
+        raise _reaches_nothing(where)
+
+
+def _walk(loss: Tensor, seen: set[Node]) -> Iterator[Node]:
+    """The nodes of the graph of ``loss`` that are not in ``seen``, to which they are added."""
+    stack: list[Node | None] = [get_gradient_edge(loss).node]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            stack.extend(following for following, _ in node.next_functions)
+
+
+def _leaf(node: Node) -> Tensor | None:
+    """The leaf tensor whose ``.grad`` the node accumulates into, if it is such a node."""
+    if not node.next_functions and node.name() == "torch::autograd::AccumulateGrad":
+        leaf: Tensor = node.variable  # type: ignore[attr-defined]
+        return leaf
+    return None
+
+
+def _shared_with_later(losses: Sequence[Tensor]) -> list[bool]:
+    """For each loss, whether a later one needs part of its graph: only then it is retained."""
+    later: set[Node] = set()
+    shared = []
+    for loss in reversed(losses):
+        # Leaves are always shared, and hold nothing that a backward frees.
+        graph = {node for node in _walk(loss, set()) if _leaf(node) is None}
+        shared.append(not later.isdisjoint(graph))
+        later |= graph
+    return shared[::-1]
+
+
+def _name(key: Any) -> str:
+    if isinstance(key, str):
+        return key
+    if isinstance(key, tuple) and key and all(isinstance(part, str) for part in key):
+        return "+".join(key)
+    raise TypeError(
+        f"losses has the key {key!r}; keys are names, or non-empty tuples of modality names"
+    )
+
+
+def _checked_loss(loss: Tensor, where: str, device: torch.device | None) -> Tensor:
+    if loss.shape not in (torch.Size([]), torch.Size([1])):
+        raise ValueError(
+            f"{where} must be a scalar of shape () or (1,), got shape {tuple(loss.shape)}; "
+            "reduce it, e.g. with .mean()"
+        )
+    if loss.is_complex():
+        raise ValueError(f"{where} must be real, got {loss.dtype}")
+    if not loss.requires_grad:
+        raise ValueError(
+            f"{where} requires no grad: it was computed from detached tensors, under no_grad, or "
+            "with every parameter frozen"
+        )
+    if device is not None and loss.device != device:
+        raise ValueError(
+            f"{where} is on {loss.device}, the losses before it on {device}; move them to one "
+            "device"
+        )
+    return loss
+
+
+def _reaches_nothing(where: str) -> ValueError:
+    return ValueError(
+        f"{where} does not depend on any parameter of this optimizer that requires grad"
+    )
+
+
+def _all_unavailable(entries: Sequence[Entry]) -> ValueError:
+    names = ", ".join(repr(entry.name) for entry in entries)
+    return ValueError(f"losses: all are unavailable (None): {names}; skip this batch")
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return f"{type(value).__name__} {value!r}"[:80]
