@@ -1,0 +1,1 @@
+"""Reference models with Dynamic Sharing, one file each, read top to bottom."""
