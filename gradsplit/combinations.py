@@ -84,7 +84,8 @@ class CombinationSampler:
 
     def __call__(self) -> list[Combination]:
         """k combinations in the order of :func:`modality_combinations`."""
-        shuffled = torch.randperm(len(self.combinations), generator=self._generator).tolist()
+        count = len(self.combinations)
+        shuffled = torch.randperm(count, generator=self._generator, device="cpu").tolist()
         if self.include_full:  # combination 0: draw the other k - 1 among the rest
             shuffled = [0] + [index for index in shuffled if index != 0]
         return [self.combinations[index] for index in sorted(shuffled[: self.k])]

@@ -105,7 +105,7 @@ class Decoupling:
             "weight": self.weights,
         }
         keys = [f"{prefix}{kind}/{name}" for kind in per_row for name in self.names]
-        tensors = [tensor.double() for tensor in per_row.values()]
+        tensors = [tensor.to(self.gramian.device, torch.float64) for tensor in per_row.values()]
         pairs = self._pairs(self.cosine())
         if pairs.numel() > 0:
             keys += [f"{prefix}cosine_min", f"{prefix}dominance_max"]

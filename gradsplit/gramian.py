@@ -70,6 +70,8 @@ def merge(
                 if stop == parameter.numel():
                     for index in present:
                         del rows[index][parameter]
+        empty = [parameter for parameter in group if parameter.numel() == 0]
+        merged.update((parameter, rows[present[0]][parameter]) for parameter in empty)
     return merged
 
 
@@ -79,11 +81,11 @@ Piece = tuple[Tensor, int, int]  # parameter, first and last + 1 of its flattene
 def _groups(
     rows: Sequence[Mapping[Tensor, Tensor]], parameters: Iterable[Tensor]
 ) -> list[tuple[list[int], list[Tensor]]]:
-    """Non-empty parameters on one device and reached by the same rows, and these rows' indices."""
+    """Parameters on one device reached by the same rows, with the indices of these rows."""
     groups: dict[tuple[object, ...], tuple[list[int], list[Tensor]]] = {}
     for parameter in parameters:
         present = [index for index, row in enumerate(rows) if parameter in row]
-        if present and parameter.numel() > 0:
+        if present:
             key = (parameter.device, *present)
             groups.setdefault(key, (present, []))[1].append(parameter)
     return list(groups.values())

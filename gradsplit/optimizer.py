@@ -98,9 +98,7 @@ class ModalityDecoupledOptimizer(Optimizer):
         if not isinstance(base, Optimizer):
             raise TypeError(f"base must be a torch.optim.Optimizer, got {type(base).__name__}")
         if reduction not in ("mean", "sum", "released"):
-            raise ValueError(
-                f"reduction must be 'mean', 'sum' or 'released', got {reduction!r}"
-            )
+            raise ValueError(f"reduction must be 'mean', 'sum' or 'released', got {reduction!r}")
         if not isinstance(seed, int):
             raise TypeError(f"seed must be an int, got {type(seed).__name__}")
         check_parameters(_parameters(base))
@@ -121,6 +119,7 @@ class ModalityDecoupledOptimizer(Optimizer):
         self._reduction = reduction
         # Proxies (Lightning, Fabric) share these containers: they are changed, never rebound.
         self._pending: dict[str, Row] = {}
+        self._absent: dict[str, None] = {}  # unavailable in some micro-batch, in order
         self._reports: list[Decoupling] = []
         self._active: list[RowTaker] = []
 
@@ -133,8 +132,9 @@ class ModalityDecoupledOptimizer(Optimizer):
             losses: a mapping from modality name, or tuple of modality names, to loss; or a
                 sequence (rows "0", "1", ...). A loss is a scalar of shape () or (1,); or a closure
                 that takes no argument, returns such a loss and does not call backward, so that
-                only one graph is alive at a time; or None: unavailable in this batch. A closure
-                may return None. One loss alone equals plain backward.
+                only one graph is alive at a time (each closure runs its own forward: losses that
+                share one are given as tensors); or None: unavailable in this batch. A closure may
+                return None. One loss alone equals plain backward.
 
         Returns:
             The report. ``losses`` in it, and the rows, include what was accumulated before.
@@ -159,8 +159,8 @@ class ModalityDecoupledOptimizer(Optimizer):
         that fails after rows of earlier micro-batches have been added to (in place: a copy would
         double the memory) drops them all, and a note on its exception says so.
         """
-        with self._rows_of(losses):
-            pass
+        with self._rows_of(losses) as (_, taken):
+            self._absent.update(dict.fromkeys(name for name in taken if taken[name] is None))
 
     # torch declares step(closure); a mapping or sequence of losses is our extension of it.
     def step(self, closure: Any = None) -> Any:
@@ -197,7 +197,7 @@ class ModalityDecoupledOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset ``.grad`` of all parameters, and drop pending rows."""
         self._refuse_inside_closure("zero_grad()")
-        self._pending.clear()
+        self._drop_pending()
         self._base.zero_grad(set_to_none)
 
     @property
@@ -217,7 +217,7 @@ class ModalityDecoupledOptimizer(Optimizer):
             weights = self._weights(measured) if scope else torch.ones_like(measured[0])
             report = Decoupling(
                 names=tuple(taker.rows),
-                unavailable=tuple(name for name in taken if name not in taker.rows),
+                unavailable=tuple(n for n in self._absent | taken if n not in taker.rows),
                 losses=join_losses([row.loss for row in taker.rows.values()]),
                 gramian=measured,
                 weights=weights,
@@ -228,7 +228,7 @@ class ModalityDecoupledOptimizer(Optimizer):
                 part = [p for p in reached if (p in scope, p in common) == (in_scope, by_all)]
                 factors = weights if in_scope else torch.ones_like(weights)
                 merged |= merge(rows, part, factors / self._divisor(len(rows), by_all))
-        self._pending.clear()
+        self._drop_pending()
         if replace:
             self._base.zero_grad()
         add_gradients(merged)
@@ -271,7 +271,7 @@ class ModalityDecoupledOptimizer(Optimizer):
         # An odd multiplier keeps (seed, merges) and (seed + 1, merges - 1) apart.
         mixed = self._counter(_SEED) * 0x9E3779B97F4A7C15 + self._counter(_MERGES)
         generator = torch.Generator().manual_seed(mixed % 2**63)
-        return torch.rand(m, m, generator=generator).argsort(dim=-1)
+        return torch.rand(m, m, generator=generator, device="cpu").argsort(dim=-1)
 
     @contextlib.contextmanager
     def _rows_of(self, losses: Losses) -> Iterator[tuple[RowTaker, dict[str, Tensor | None]]]:
@@ -348,7 +348,7 @@ class ModalityDecoupledOptimizer(Optimizer):
         """Load the state of a wrapped or of a bare base optimizer; drops pending rows."""
         seed, merges = self._counter(_SEED), self._counter(_MERGES)
         self._base.load_state_dict(state_dict)
-        self._pending.clear()
+        self._drop_pending()
         first = self.param_groups[0]
         self._write_counters(first.get(_SEED, seed), first.get(_MERGES, merges))
 
@@ -411,6 +411,10 @@ class ModalityDecoupledOptimizer(Optimizer):
         for group in self.param_groups:
             group[_SEED], group[_MERGES] = seed, merges
 
+    def _drop_pending(self) -> None:
+        self._pending.clear()
+        self._absent.clear()
+
     def _warn_pending(self, what: str) -> None:
         if self._pending:
             warnings.warn(
@@ -453,7 +457,8 @@ def _checked_rule(rule: str | Rule) -> str | Rule:
     except TypeError:
         raise TypeError(
             "rule must take one argument, the Gramian (..., m, m), and return weights (..., m); "
-            f"got a callable with signature {signature} (PCGrad, which needs an order, is rule='pcgrad')"
+            f"got a callable with signature {signature}. (PCGrad, which needs an order, is "
+            "rule='pcgrad'.)"
         ) from None
     return rule
 

@@ -17,9 +17,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 __all__ = ["Entry", "Losses", "Row", "RowTaker", "add_gradients", "check_parameters", "read_losses"]
 
 Closure = Callable[[], Tensor | None]
-Losses = (
-    Mapping[str | tuple[str, ...], Tensor | Closure | None] | Sequence[Tensor | Closure | None]
-)
+Losses = Mapping[str | tuple[str, ...], Tensor | Closure | None] | Sequence[Tensor | Closure | None]
 
 
 @dataclass(frozen=True)
@@ -164,17 +162,16 @@ class RowTaker:
         for entry in entries:
             if isinstance(entry.loss, Tensor):
                 self._check_reach(entry.loss, entry.where)
-        retained = dict(zip(map(id, tensors), _shared_with_later(tensors), strict=True))
-        last = {id(loss): index for index, loss in enumerate(tensors)}
+        seen: set[Node] = set()
+        for loss in tensors:
+            self._set_outside_aside(loss, seen)
+        del seen  # and with it all that keeps the graphs' nodes alive
+        retained = iter(_shared_with_later(tensors))
         device = tensors[0].device if tensors else None
         taken: dict[str, Tensor | None] = {}
-        position = 0
         for entry in entries:
             if isinstance(entry.loss, Tensor):
-                # One tensor may stand under two names: its graph goes with the last of them.
-                again = last[id(entry.loss)] > position
-                loss, retain = entry.loss, retained[id(entry.loss)] or again
-                position += 1
+                loss, retain = entry.loss, next(retained)
             else:
                 called = self._call(entry, device)
                 if called is None:
@@ -211,14 +208,10 @@ class RowTaker:
             raise TypeError(f"{where} must be a scalar loss or None, got {_describe(loss)}")
         _checked_loss(loss, where, device)
         self._check_reach(loss, entry.where)
+        self._set_outside_aside(loss, set())
         return loss
 
     def _backward(self, loss: Tensor, retain_graph: bool, entry: Entry) -> None:
-        for node in _walk(loss, set()):
-            leaf = _leaf(node)
-            if leaf is not None and leaf not in self._own and leaf not in self._outside:
-                self._outside[leaf] = leaf.grad
-                leaf.grad = None
         row = self.rows.get(entry.name)
         if row is not None:
             self._spoilt = self._spoilt or entry.name in self._earlier
@@ -251,6 +244,13 @@ class RowTaker:
                 return
         raise _reaches_nothing(where)
 
+    def _set_outside_aside(self, loss: Tensor, seen: set[Node]) -> None:
+        for node in _walk(loss, seen):
+            leaf = _leaf(node)
+            if leaf is not None and leaf not in self._own and leaf not in self._outside:
+                self._outside[leaf] = leaf.grad
+                leaf.grad = None
+
 
 def _walk(loss: Tensor, seen: set[Node]) -> Iterator[Node]:
     """The nodes of the graph of ``loss`` that are not in ``seen``, to which they are added."""
@@ -276,9 +276,17 @@ def _shared_with_later(losses: Sequence[Tensor]) -> list[bool]:
     later: set[Node] = set()
     shared = []
     for loss in reversed(losses):
-        # Leaves are always shared, and hold nothing that a backward frees.
-        graph = {node for node in _walk(loss, set()) if _leaf(node) is None}
-        shared.append(not later.isdisjoint(graph))
+        graph: set[Node] = set()
+        stack: list[Node | None] = [get_gradient_edge(loss).node]
+        shared.append(False)
+        while stack:
+            node = stack.pop()
+            if node in later:
+                # Leaves are always shared, and hold nothing that a backward frees.
+                shared[-1] = shared[-1] or _leaf(node) is None
+            elif node is not None and node not in graph:
+                graph.add(node)
+                stack.extend(following for following, _ in node.next_functions)
         later |= graph
     return shared[::-1]
 

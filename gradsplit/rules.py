@@ -77,12 +77,17 @@ def pcgrad(gramian: Tensor, order: Tensor) -> Tensor:
     if not isinstance(order, Tensor) or order.dtype != torch.long:
         got = order.dtype if isinstance(order, Tensor) else type(order).__name__
         raise TypeError(f"pcgrad: order must be a LongTensor, got {got}; use order.long()")
-    if order.shape != gramian.shape:
-        raise ValueError(
-            f"pcgrad: order must have the Gramian's shape {tuple(gramian.shape)}, "
-            f"one permutation per row; got {tuple(order.shape)}"
-        )
     m = gramian.shape[-1]
+    try:
+        shape = torch.broadcast_shapes(gramian.shape, order.shape)
+    except RuntimeError:
+        shape = torch.Size()
+    if order.shape[-2:] != (m, m) or shape == torch.Size():
+        raise ValueError(
+            f"pcgrad: order must hold one permutation per row of the Gramian, shape (..., {m}, "
+            f"{m}) for {tuple(gramian.shape)}; got {tuple(order.shape)}"
+        )
+    gramian, order = gramian.expand(shape), order.expand(shape)
     squared_norms = _squared_norms(gramian)
     coefficients = torch.eye(m, dtype=gramian.dtype, device=gramian.device)
     coefficients = coefficients.expand(gramian.shape).clone()

@@ -136,8 +136,8 @@ def fuse_available(
     torch.Size([2, 2, 3])
     """
     names, branches = _branches(features)
-    present = {name: branch for name, branch in zip(names, branches, strict=True)
-               if branch is not None}
+    pairs = zip(names, branches, strict=True)
+    present = {name: branch for name, branch in pairs if branch is not None}
     if not present:
         raise ValueError("features: no modality is available")
     example = next(iter(present.values()))
@@ -209,7 +209,7 @@ class _CombinationStack(Tensor):
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self.parts)
 
-    def unbind(self, dim: int = 0) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def unbind(self, dim: int = 0) -> tuple[Tensor, ...]:
         return self.parts if dim == 0 else super().unbind(dim)
 
 

@@ -32,9 +32,7 @@ class SentimentTransformerConfig:
         dropout: after the projections, attentions and MLPs.
     """
 
-    dims: Mapping[str, int] = field(
-        default_factory=lambda: {"text": 768, "audio": 5, "vision": 20}
-    )
+    dims: Mapping[str, int] = field(default_factory=lambda: {"text": 768, "audio": 5, "vision": 20})
     width: int = 64
     depth: int = 2
     heads: int = 4
@@ -193,9 +191,7 @@ class SentimentTransformer(nn.Module):
             raise TypeError(f"available must be bool (True = available), got {available.dtype}")
         return batch
 
-    def _encode(
-        self, name: str, value: Sequences, has: Tensor | None, batch: int
-    ) -> Tensor | None:
+    def _encode(self, name: str, value: Sequences, has: Tensor | None, batch: int) -> Tensor | None:
         """(B, D), computed for the samples that have the modality and zero for the others."""
         sequence, lengths = value if isinstance(value, tuple) else (value, None)
         rows: Tensor | None = None
@@ -273,4 +269,3 @@ def _masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return x.mean(1)
     return torch.where(mask[..., None], x, 0.0).sum(1) / mask.sum(1, keepdim=True)
-

@@ -94,8 +94,10 @@ def test_a_sample_with_nothing_available_is_named() -> None:
 
 
 def test_a_validity_mask_instead_of_the_error() -> None:
-    features = {name: torch.full((2, 3), float(i), requires_grad=True) for i, name in
-                enumerate(NAMES, start=1)}
+    features = {
+        name: torch.full((2, 3), float(i), requires_grad=True)
+        for i, name in enumerate(NAMES, start=1)
+    }
     available = torch.tensor([[True, True, True], [True, False, True]])
     fused, valid = fuse_available(
         features, available, [("text",), ("audio", "vision"), ("audio",)], return_valid=True
@@ -109,7 +111,7 @@ def test_each_combination_reaches_only_its_modalities() -> None:
     combinations = [("text", "vision"), ("audio",)]
     fused = fuse_available(features, combinations=combinations)
     for one, combination in zip(fused, combinations, strict=True):
-        gradients = torch.autograd.grad(one.sum(), features.values(), allow_unused=True)
+        gradients = torch.autograd.grad(one.sum(), list(features.values()), allow_unused=True)
         reached = {n for n, g in zip(NAMES, gradients, strict=True) if g is not None}
         assert reached == set(combination)
 
