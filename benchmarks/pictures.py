@@ -1,0 +1,275 @@
+"""The pictures that every benchmark writes. They see numbers and names, no models."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure  # without pyplot: it draws by Agg and needs no display
+
+from benchmarks.results import atomic_path
+
+__all__ = ["draw_angles", "draw_curves", "draw_scores"]
+
+Array = npt.NDArray[np.float64]
+
+# Okabe and Ito's palette: told apart with any colour vision. Markers repeat what colour says.
+BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = (
+    "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
+)  # fmt: skip
+METHOD_COLORS = {"full": "#7F7F7F", "sum": BLUE, "gmd": RED, "pcgrad": GREEN}
+METHOD_MARKERS = {"full": "s", "sum": "o", "gmd": "D", "pcgrad": "^"}
+LINE_COLORS = (BLACK, BLUE, RED, GREEN, PURPLE, ORANGE, SKY)
+STYLE = {
+    "font.size": 10.5,
+    "axes.titlesize": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": "#E3E3E3",
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 200,
+}
+
+
+def draw_scores(
+    path: Path,
+    title: str,
+    groups: Sequence[str],
+    panels: Mapping[str, Mapping[str, Array]],
+    references: Mapping[str, tuple[str, float]],
+) -> None:
+    """Means with sample standard deviations over seeds: one panel per score, methods side by side.
+
+    Args:
+        path: the file to write.
+        title: of the whole picture.
+        groups: what lies along the x axis; a "+" breaks the line.
+        panels: by the label of the y axis: by method, (seeds, groups).
+        references: by the same label: name and height of a horizontal line.
+    """
+    with style.context(STYLE):
+        figure = Figure(figsize=(9.5, 3.3 * len(panels) + 0.7))
+        axes = list(figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0])
+        for axis, (label, methods) in zip(axes, panels.items(), strict=True):
+            _draw_points(axis, methods)
+            if label in references:
+                name, height = references[label]
+                axis.axhline(height, color=BLACK, linestyle=(0, (4, 3)), linewidth=1, label=name)
+            axis.set_ylabel(label)
+            axis.grid(axis="x", visible=False)
+            axis.tick_params(axis="x", length=0)
+        _shade_groups(axes, len(groups))
+        last = axes[-1]
+        last.set_xticks(range(len(groups)), [name.replace("+", "\n+ ") for name in groups])
+        last.set_xlabel("modalities available at test")
+        figure.align_ylabels(axes)
+        _finish(figure, path, title, *_legend_of(axes))
+
+
+def draw_angles(
+    path: Path,
+    title: str,
+    pairs: Mapping[str, Array],
+    merged: Mapping[str, Array],
+) -> None:
+    """Two rows of histograms, one column per method, with a line at 90 degrees.
+
+    Args:
+        path: the file to write.
+        title: of the whole picture.
+        pairs: by method, the angles in degrees between two rows.
+        merged: by method, the angles between a row and the merged update.
+    """
+    rows = (
+        ("two rows", "conflict", pairs),
+        ("a row and the merged update", "opposed", merged),
+    )
+    bins = np.arange(0.0, 181.0, 5.0)
+    with style.context(STYLE):
+        figure = Figure(figsize=(1.2 + 3.4 * len(pairs), 6.4))
+        axes = figure.subplots(2, len(pairs), sharex=True, sharey=True, squeeze=False)
+        for line, (between, what, angles) in zip(axes, rows, strict=True):
+            for axis, (method, values) in zip(line, angles.items(), strict=True):
+                _draw_histogram(axis, values, bins, _color(method), what)
+                axis.set_xlabel(f"angle of {between} (degrees)", fontsize=10)
+            line[0].set_ylabel("share of all angles")
+        for axis, method in zip(axes[0], pairs, strict=True):
+            axis.set_title(method, color=_color(method), fontweight="bold")
+        _finish(figure, path, title, [], [])
+
+
+def draw_curves(
+    path: Path,
+    title: str,
+    shares: Mapping[str, Array],
+    combinations: Sequence[str],
+    curves: Mapping[str, Mapping[str, Array]],
+) -> None:
+    """What the gradients did over training: shares per combination above, other measures below.
+
+    Args:
+        path: the file to write.
+        title: of the whole picture.
+        shares: by method, (seeds, steps, combinations); NaN where a combination was not drawn.
+        combinations: the names of the last axis.
+        curves: by the label of the y axis: by method, (seeds, steps).
+    """
+    with style.context(STYLE):
+        figure = Figure(figsize=(12.5, 6.8))
+        above, below = figure.subfigures(2, 1, squeeze=False)[:, 0]
+        upper = above.subplots(1, len(shares) + 1, sharey=True, width_ratios=_widths(len(shares)))
+        for axis, (method, values) in zip(upper, shares.items(), strict=False):
+            _draw_shares(axis, values, combinations)
+            axis.set_title(method, color=_color(method), fontweight="bold")
+            axis.set_xlabel("training step")
+        upper[0].set_ylim(bottom=0)
+        upper[0].set_ylabel("share of the gradient norms")
+        _legend_beside(upper[-1], upper[0], "combination")
+        lower = below.subplots(1, len(curves) + 1, width_ratios=_widths(len(curves)))
+        for axis, (label, by_method) in zip(lower, curves.items(), strict=False):
+            for method, values in by_method.items():
+                _draw_band(axis, method, values)
+            axis.set_title(label)
+            axis.set_xlabel("training step")
+            # The band of a quantity that is never negative may reach below zero.
+            axis.set_ylim(bottom=max(0.0, axis.get_ylim()[0]))
+            if all(_spans_decades(values) for values in by_method.values()):
+                axis.set_yscale("log")
+        _legend_beside(lower[-1], lower[0], "method")
+        _finish(figure, path, title, [], [])
+
+
+def smooth(values: Array, window: int) -> Array:
+    """Centred moving mean along the last axis that skips NaN; shorter windows at both ends."""
+    known = np.isfinite(values)
+    kernel = np.ones(window)
+    padded = (window // 2, (window - 1) // 2)
+
+    def moving_sum(line: Array) -> Array:
+        return np.convolve(np.pad(line, padded), kernel, mode="valid")
+
+    total = np.apply_along_axis(moving_sum, -1, np.where(known, values, 0.0))
+    count = np.apply_along_axis(moving_sum, -1, known.astype(float))
+    mean: Array = np.full_like(total, np.nan)
+    np.divide(total, count, out=mean, where=count > 0)
+    return mean
+
+
+def _draw_points(axis: Axes, methods: Mapping[str, Array]) -> None:
+    offsets = np.linspace(-0.27, 0.27, len(methods)) if len(methods) > 1 else np.zeros(1)
+    for offset, (method, values) in zip(offsets, methods.items(), strict=True):
+        seeds, groups = values.shape
+        axis.errorbar(
+            np.arange(groups) + offset,
+            values.mean(0),
+            yerr=values.std(0, ddof=1) if seeds > 1 else None,
+            fmt=METHOD_MARKERS.get(method, "o"),
+            color=_color(method),
+            markersize=6,
+            capsize=3,
+            linewidth=1.4,
+            label=method,
+        )
+
+
+def _shade_groups(axes: Sequence[Axes], count: int) -> None:
+    for axis in axes:
+        for number in range(0, count, 2):
+            axis.axvspan(number - 0.5, number + 0.5, color="#F4F4F4", zorder=0, linewidth=0)
+        axis.set_xlim(-0.5, count - 0.5)
+
+
+def _draw_histogram(axis: Axes, values: Array, bins: Array, color: str, what: str) -> None:
+    weights = np.full(values.size, 1 / values.size)
+    axis.hist(values.ravel(), bins=bins.tolist(), weights=weights, color=color, alpha=0.85)
+    axis.axvline(90, color=BLACK, linestyle=(0, (4, 3)), linewidth=1.2)
+    axis.set_xlim(0, 180)
+    axis.set_xticks(range(0, 181, 30))
+    axis.tick_params(labelbottom=True)
+    beyond = 100 * float((values > 90).mean())
+    axis.text(
+        0.98, 0.95, f"above 90°:\n{beyond:.1f}% {what}",
+        transform=axis.transAxes, ha="right", va="top", fontsize=9.5,
+    )  # fmt: skip
+
+
+def _draw_shares(axis: Axes, values: Array, combinations: Sequence[str]) -> None:
+    steps = values.shape[1]
+    lines = smooth(values.transpose(2, 0, 1), _window(steps))  # (combinations, seeds, steps)
+    for number, (name, line) in enumerate(zip(combinations, lines, strict=True)):
+        if np.isnan(line).all():
+            continue
+        axis.plot(
+            np.arange(steps), _mean_over_seeds(line),
+            color=LINE_COLORS[number % len(LINE_COLORS)],
+            linestyle=("-", "--", ":")[number // len(LINE_COLORS) % 3],
+            linewidth=1.6, label=name,
+        )  # fmt: skip
+
+
+def _widths(count: int) -> list[float]:
+    """Of ``count`` panels and the legend beside them."""
+    return [1.0] * count + [0.17 * count]
+
+
+def _legend_beside(place: Axes, drawn: Axes, title: str) -> None:
+    place.axis("off")
+    handles, labels = drawn.get_legend_handles_labels()
+    place.legend(handles, labels, loc="center left", title=title, borderaxespad=0)
+
+
+def _draw_band(axis: Axes, method: str, values: Array) -> None:
+    """Mean over seeds, smoothed, with a band of one sample standard deviation."""
+    smoothed = smooth(values, _window(values.shape[1]))
+    mean = _mean_over_seeds(smoothed)
+    steps = np.arange(len(mean))
+    if len(values) > 1:
+        spread = smoothed.std(0, ddof=1)
+        axis.fill_between(steps, mean - spread, mean + spread, color=_color(method), alpha=0.15,
+                          linewidth=0)  # fmt: skip
+    axis.plot(steps, mean, color=_color(method), linewidth=1.6, label=method)
+
+
+def _mean_over_seeds(values: Array) -> Array:
+    known = np.isfinite(values)
+    total: Array = np.where(known, values, 0.0).sum(0)
+    mean: Array = np.full(len(total), np.nan)
+    np.divide(total, known.sum(0), out=mean, where=known.any(0))
+    return mean
+
+
+def _spans_decades(values: Array) -> bool:
+    return bool(values.min() > 0 and values.max() > 100 * values.min())
+
+
+def _window(steps: int) -> int:
+    return max(1, steps // 12)
+
+
+def _color(method: str) -> str:
+    return METHOD_COLORS.get(method, PURPLE)
+
+
+def _legend_of(axes: Sequence[Axes]) -> tuple[list[Any], list[str]]:
+    found: dict[str, Any] = {}
+    for axis in axes:
+        handles, labels = axis.get_legend_handles_labels()
+        for handle, label in zip(handles, labels, strict=True):
+            found.setdefault(label, handle)
+    return list(found.values()), list(found)
+
+
+def _finish(
+    figure: Figure, path: Path, title: str, handles: Sequence[Any], labels: Sequence[str]
+) -> None:
+    figure.suptitle(title, fontsize=11.5)
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary)

@@ -1,0 +1,17 @@
+"""Hypothesis profiles: ``pytest --hypothesis-profile=thorough`` searches longer."""
+
+from hypothesis import HealthCheck, settings
+
+_SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.data_too_large]
+
+settings.register_profile(
+    "default",
+    deadline=None,
+    derandomize=True,
+    max_examples=60,
+    suppress_health_check=_SLOW_IS_FINE,
+)
+settings.register_profile(
+    "thorough", deadline=None, max_examples=2000, suppress_health_check=_SLOW_IS_FINE
+)
+settings.load_profile("default")

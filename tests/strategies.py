@@ -1,0 +1,77 @@
+"""Hypothesis strategies: Jacobians, the orders in which rows meet, and which loss reaches what.
+
+Elements are small multiples of 1/8 and row scales lie in [1e-6, 1e6]: a Gramian squares them, and
+float64 must still resolve it.
+"""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+_elements = st.integers(-32, 32).map(lambda eighths: eighths / 8)
+_scales = st.one_of(st.just(1.0), st.integers(-6, 6).map(lambda e: 10.0**e))
+
+
+@st.composite
+def jacobians(
+    draw: st.DrawFn, min_rows: int = 1, max_rows: int = 6, max_columns: int = 8
+) -> Tensor:
+    """(m, n) float64: ordinary, zero, nearly parallel and opposed rows, of very different norms."""
+    m = draw(st.integers(min_rows, max_rows))
+    n = draw(st.integers(1, max_columns))
+    rows: list[Tensor] = []
+    for i in range(m):
+        kinds = ["ordinary", "ordinary", "ordinary", "zero"]
+        if i:
+            kinds += ["parallel", "opposed"]
+        kind = draw(st.sampled_from(kinds))
+        if kind == "zero":
+            rows.append(torch.zeros(n, dtype=torch.float64))
+            continue
+        row = torch.tensor(draw(st.lists(_elements, min_size=n, max_size=n)), dtype=torch.float64)
+        if kind in ("parallel", "opposed"):
+            near = rows[draw(st.integers(0, i - 1))]
+            row = near + 1e-4 * near.norm() * row if kind == "parallel" else row * 1e-4 - near
+            rows.append(row)
+        else:
+            rows.append(row * draw(_scales))
+    jacobian = torch.stack(rows)
+    return jacobian
+
+
+@st.composite
+def orders(draw: st.DrawFn, m: int) -> Tensor:
+    """(m, m) int64: row i is a permutation of 0..m-1."""
+    return torch.tensor([draw(st.permutations(range(m))) for _ in range(m)], dtype=torch.int64)
+
+
+@st.composite
+def jacobians_with_orders(
+    draw: st.DrawFn, min_rows: int = 1, max_rows: int = 5
+) -> tuple[Tensor, Tensor]:
+    jacobian = draw(jacobians(min_rows, max_rows))
+    return jacobian, draw(orders(len(jacobian)))
+
+
+@st.composite
+def partial_rows(
+    draw: st.DrawFn, max_losses: int = 4, max_params: int = 4
+) -> list[list[Tensor | None]]:
+    """m rows over P parameters of 1 to 3 elements; each loss reaches one parameter at least."""
+    m = draw(st.integers(1, max_losses))
+    sizes = draw(st.lists(st.integers(1, 3), min_size=1, max_size=max_params))
+    rows: list[list[Tensor | None]] = []
+    for _ in range(m):
+        surely = draw(st.integers(0, len(sizes) - 1))
+        scale = draw(st.sampled_from([1.0, 1.0, 1e-3, 1e3]))
+        row: list[Tensor | None] = []
+        for p, size in enumerate(sizes):
+            if p != surely and draw(st.sampled_from([False, False, True])):
+                row.append(None)
+            else:
+                values = draw(st.lists(_elements, min_size=size, max_size=size))
+                row.append(scale * torch.tensor(values, dtype=torch.float64))
+        rows.append(row)
+    return rows
