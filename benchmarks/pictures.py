@@ -29,6 +29,7 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
+    "axes.formatter.useoffset": False,
     "axes.grid": True,
     "grid.color": "#E3E3E3",
     "legend.frameon": False,
@@ -87,8 +88,8 @@ def draw_angles(
         merged: by method, the angles between a row and the merged update.
     """
     rows = (
-        ("two rows", "conflict", pairs),
-        ("a row and the merged update", "opposed", merged),
+        ("between two rows", "conflict", pairs),
+        ("of a row to the merged update", "opposed", merged),
     )
     bins = np.arange(0.0, 181.0, 5.0)
     with style.context(STYLE):
@@ -97,7 +98,7 @@ def draw_angles(
         for line, (between, what, angles) in zip(axes, rows, strict=True):
             for axis, (method, values) in zip(line, angles.items(), strict=True):
                 _draw_histogram(axis, values, bins, _color(method), what)
-                axis.set_xlabel(f"angle of {between} (degrees)", fontsize=10)
+                axis.set_xlabel(f"angle {between} (°)")
             line[0].set_ylabel("share of all angles")
         for axis, method in zip(axes[0], pairs, strict=True):
             axis.set_title(method, color=_color(method), fontweight="bold")
@@ -203,10 +204,13 @@ def _draw_shares(axis: Axes, values: Array, combinations: Sequence[str]) -> None
     steps = values.shape[1]
     lines = smooth(values.transpose(2, 0, 1), _window(steps))  # (combinations, seeds, steps)
     for number, (name, line) in enumerate(zip(combinations, lines, strict=True)):
-        if np.isnan(line).all():
+        mean = _mean_over_seeds(line)
+        drawn = np.isfinite(mean)  # sampled combinations have gaps: connect what there is
+        if not drawn.any():
             continue
         axis.plot(
-            np.arange(steps), _mean_over_seeds(line),
+            np.arange(steps)[drawn],
+            mean[drawn],
             color=LINE_COLORS[number % len(LINE_COLORS)],
             linestyle=("-", "--", ":")[number // len(LINE_COLORS) % 3],
             linewidth=1.6, label=name,

@@ -112,6 +112,7 @@ class Config:
     depth: int = 2
     heads: int = 4
     dropout: float = 0.1
+    threads: int = 1
 
 
 # --- metrics -------------------------------------------------------------------------------------
@@ -350,7 +351,7 @@ class Session:
         folder: Path,
         config: Config,
         command: str,
-        environment: dict[str, Any],
+        environment: dict[str, str],
         digest: str,
     ) -> None:
         self.folder = folder
@@ -666,11 +667,14 @@ class Report:
         if comparison["interval"] is None:
             return f"{start} with one seed; that says nothing about noise: run more seeds."
         low, high = comparison["interval"]
-        verdict = (
-            "within the noise between seeds, no difference is shown"
-            if comparison["within_noise"]
-            else f"{'better' if mean < 0 else 'worse'} beyond the noise between seeds, on this split"
-        )
+        if comparison["within_noise"]:
+            verdict = "within the noise between seeds, no difference is shown"
+        else:
+            verdict = (
+                f"{'better' if mean < 0 else 'worse'} beyond the noise between seeds; that the "
+                f"{len(self.data.splits['test'])} test utterances are themselves a sample is not "
+                "counted"
+            )
         return (
             f"{start} ± {comparison['std']:.4f} (paired over {n} seeds, 95% t interval "
             f"{low:+.4f} to {high:+.4f}): {verdict}."
@@ -715,11 +719,11 @@ predicts the mean label of train, whatever it is given.
 def write_report(report: Report, folder: Path) -> str:
     """Write everything, the result file last: a folder that has one is finished."""
     seeds = report.session.config.seeds
-    over = f"{seeds} seed{'s' if seeds > 1 else ''}"
+    over = f"mean ± sample std over {seeds} seeds" if seeds > 1 else "1 seed"
     panels = {"mae": "MAE (lower is better)", "acc2_non0": "Acc-2, non 0 (higher is better)"}
     draw_scores(
         folder / "scores.png",
-        f"Test scores by available modalities, {report.label}\n(mean ± sample std over {over})",
+        f"Test scores by available modalities, {report.label}\n({over})",
         NAMES,
         {
             label: {method: report.scores(method, metric) for method in report.methods}
@@ -741,7 +745,7 @@ def _draw_gradients(report: Report, folder: Path, over: str) -> None:
 
     draw_angles(
         folder / "angles.png",
-        f"Gradient angles on the shared parameters, {report.label}, all steps of {over}\n"
+        f"Gradient angles on the shared parameters, {report.label}, all steps and seeds\n"
         "A row is one combination's gradient. Top: as Fig. 3 of the GMD paper. "
         "Bottom: above 90° the step goes against that row.",
         each("pairs"),
@@ -749,8 +753,7 @@ def _draw_gradients(report: Report, folder: Path, over: str) -> None:
     )
     draw_curves(
         folder / "dominance.png",
-        f"Gradients on the shared parameters over training, {report.label}\n"
-        f"(moving mean; mean ± sample std over {over})",
+        f"Gradients on the shared parameters over training, {report.label}\n(moving mean; {over})",
         each("shares"),
         NAMES,
         {
@@ -788,7 +791,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(session: Session, data: SentimentData) -> int:
-    torch.set_num_threads(session.environment["threads"])  # sums depend on how they are split
+    torch.set_num_threads(session.config.threads)  # sums depend on how they are split
     again = shlex.join([sys.executable, "-m", "benchmarks.sentiment", "--resume",
                         str(session.folder)])  # fmt: skip
     try:
@@ -826,8 +829,7 @@ def _start(
         parser.error(f"argument --out: cannot create {wanted}: {error.strerror}")
     if folder != wanted:
         print(f"{wanted} holds another run; writing to {folder}", file=sys.stderr)
-    environment = {**_versions(), "threads": torch.get_num_threads()}
-    return Session(folder, config, command, environment, digest)
+    return Session(folder, config, command, _versions(), digest)
 
 
 def _versions() -> dict[str, str]:
@@ -902,6 +904,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--depth", _positive_int, "transformer blocks", metavar="N")
     add("--heads", _positive_int, "attention heads", metavar="N")
     add("--dropout", _fraction, "dropout probability", metavar="X")
+    add("--threads", _positive_int, "torch threads; more only help larger models", metavar="N")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="result folder (default: results/sentiment-DATE)"
     )

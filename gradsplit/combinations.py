@@ -52,10 +52,10 @@ class CombinationSampler:
         modalities: distinct names.
         k: combinations per call. The default 5 is clamped to the number there are.
         include_full: the combination of all modalities is always among them (and comes first).
-        seed: any integer.
+        seed: for torch's generator.
 
     Raises:
-        TypeError: as :func:`modality_combinations`.
+        TypeError: as :func:`modality_combinations`; ``k`` is not an int.
         ValueError: ``k`` is below 1 or above the number of combinations.
 
     >>> sampler = CombinationSampler(("text", "audio", "vision"), k=2, include_full=True)
@@ -72,6 +72,8 @@ class CombinationSampler:
     ) -> None:
         self.combinations = modality_combinations(modalities)
         total = len(self.combinations)
+        if k is not None and not isinstance(k, int):
+            raise TypeError(f"k must be an int, got {type(k).__name__} {k!r}")
         if k is not None and not 1 <= k <= total:
             raise ValueError(
                 f"k must be between 1 and {total}, the number of combinations of "
@@ -95,7 +97,7 @@ class CombinationSampler:
         return {"generator": self._generator.get_state()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue where the sampler that wrote ``state_dict`` stood."""
+        """Continue where the sampler that wrote ``state_dict`` stood, made with the same arguments."""
         self._generator.set_state(state_dict["generator"])
 
 

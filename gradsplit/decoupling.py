@@ -75,7 +75,7 @@ class Decoupling:
 
     def conflicts(self) -> list[tuple[str, str]]:
         """Pairs of names with <g_j, g_k> < 0."""
-        conflicting = (self._pairs(self.gramian) < 0).tolist()
+        conflicting = self._conflicting().tolist()
         pairs = itertools.combinations(self.names, 2)
         return [pair for pair, conflict in zip(pairs, conflicting, strict=True) if conflict]
 
@@ -109,11 +109,11 @@ class Decoupling:
         pairs = self._pairs(self.cosine())
         if pairs.numel() > 0:
             keys += [f"{prefix}cosine_min", f"{prefix}dominance_max"]
-            others = torch.eye(len(self.names), dtype=torch.bool, device=pairs.device)
-            dominance = torch.where(others, 0.0, self.dominance())
+            itself = torch.eye(len(self.names), dtype=torch.bool, device=pairs.device)
+            dominance = torch.where(itself, 0.0, self.dominance())
             tensors += [pairs.min().reshape(1).double(), dominance.max().reshape(1).double()]
         keys += [f"{prefix}conflict_rate", f"{prefix}alignment"]
-        conflicts = (self._pairs(self.gramian) < 0).sum() / max(1, pairs.numel())
+        conflicts = self._conflicting().sum() / max(1, pairs.numel())
         tensors += [conflicts.reshape(1).double(), self._alignment().reshape(1).double()]
         return dict(zip(keys, torch.cat(tensors).tolist(), strict=True))  # the one transfer
 
@@ -127,12 +127,13 @@ class Decoupling:
         cosine = (inner / _nonzero(scale)).clamp(-1.0, 1.0)
         return torch.where((weights == 1).all(), 1.0, cosine)
 
+    def _conflicting(self) -> Tensor:
+        return self._pairs(self.gramian) < 0
+
     def _pairs(self, matrix: Tensor) -> Tensor:
         """(m(m-1)/2,): the entries above the diagonal, row by row."""
-        pairs = list(itertools.combinations(range(len(self.names)), 2))
         # Built from slices: an index tensor would have to be copied to the device.
-        above = [matrix[j, j + 1 :] for j in range(len(self.names))]
-        return torch.cat(above) if pairs else matrix.new_zeros(0)
+        return torch.cat([matrix[j, j + 1 :] for j in range(len(self.names))])
 
 
 def _nonzero(tensor: Tensor) -> Tensor:

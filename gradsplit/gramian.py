@@ -62,11 +62,11 @@ def merge(
         for block, pieces in _blocks(rows, present, group):
             columns = torch.split(chosen @ block, [stop - start for _, start, stop in pieces])
             for (parameter, start, stop), values in zip(pieces, columns, strict=True):
+                like = rows[present[0]][parameter]
                 if start == 0:
-                    like = rows[present[0]][parameter]
                     flat = torch.empty(like.numel(), dtype=like.dtype, device=like.device)
-                    merged[parameter] = _unflattened(flat, parameter)
-                _flattened(merged[parameter], parameter)[start:stop] = values
+                    merged[parameter] = _unflattened(flat, like)
+                _flattened(merged[parameter], like)[start:stop] = values
                 if stop == parameter.numel():
                     for index in present:
                         del rows[index][parameter]
@@ -106,8 +106,8 @@ def _blocks(
     for pieces in _pieces(parameters, widest):
         used = sum(stop - start for _, start, stop in pieces)
         for line, index in zip(buffer, present, strict=True):
-            row = rows[index]
-            values = [_flattened(row[p], p)[start:stop] for p, start, stop in pieces]
+            row, first = rows[index], rows[present[0]]
+            values = [_flattened(row[p], first[p])[start:stop] for p, start, stop in pieces]
             torch.cat(values, out=line[:used])
         yield buffer[:, :used], pieces
 
@@ -130,25 +130,28 @@ def _pieces(parameters: Iterable[Tensor], widest: int) -> Iterator[list[Piece]]:
         yield pieces
 
 
-def _flattened(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """(numel,): a view wherever the gradient lies in memory as its parameter does.
+def _flattened(gradient: Tensor, like: Tensor) -> Tensor:
+    """(numel,): a view wherever the gradient lies in memory as ``like`` does.
 
-    All rows of a parameter list their elements in the same order, whatever their own strides.
+    ``like`` is the first row's gradient: all rows of a parameter list their elements in the same
+    order, whatever their own strides.
     """
-    if parameter.is_contiguous():
+    if like.is_contiguous():
         return gradient.reshape(-1)
-    return gradient.permute(_memory_order(parameter)).reshape(-1)
+    return gradient.permute(_memory_order(like)).reshape(-1)
 
 
-def _unflattened(flat: Tensor, parameter: Tensor) -> Tensor:
+def _unflattened(flat: Tensor, like: Tensor) -> Tensor:
     """The inverse of :func:`_flattened`: always a view of ``flat``."""
-    order = _memory_order(parameter)
+    if like.is_contiguous():
+        return flat.view(like.shape)
+    order = _memory_order(like)
     inverse = sorted(range(len(order)), key=order.__getitem__)
-    return flat.view([parameter.shape[dim] for dim in order]).permute(inverse)
+    return flat.view([like.shape[dim] for dim in order]).permute(inverse)
 
 
-def _memory_order(parameter: Tensor) -> list[int]:
-    return sorted(range(parameter.dim()), key=parameter.stride, reverse=True)
+def _memory_order(like: Tensor) -> list[int]:
+    return sorted(range(like.dim()), key=like.stride, reverse=True)
 
 
 def _index(present: Sequence[int], device: torch.device) -> Tensor:

@@ -22,6 +22,7 @@ from gradsplit.rows import Losses, Row, RowTaker, add_gradients, check_parameter
 __all__ = ["ModalityDecoupledOptimizer"]
 
 Rule = Callable[[Tensor], Tensor]
+_RULES = ("gmd", "pcgrad")
 
 # Scalars that must survive a checkpoint live in the param groups: every tool keeps those.
 _SEED = "gradsplit_seed"
@@ -144,6 +145,13 @@ class ModalityDecoupledOptimizer(Optimizer):
                 that requires grad, two devices, a loss that reaches no parameter of this optimizer,
                 a closure that calls backward, sparse gradients, a rule that does not return (m,)
                 weights, LBFGS as base. Parameters, ``.grad`` and optimizer state are as before.
+
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        >>> opt = ModalityDecoupledOptimizer(SGD([weight], lr=0.1), reduction="sum")
+        >>> opt.backward([weight[0] + weight[1], -2 * weight[0]]).conflicts()
+        [('0', '1')]
+        >>> weight.grad  # of the plain sum: [-1., 1.]
+        tensor([-1.,  2.])
         """
         return self._decouple(losses, replace=False)[0]
 
@@ -153,7 +161,14 @@ class ModalityDecoupledOptimizer(Optimizer):
         :meth:`backward` on the last micro-batch adds its own rows and merges all. Divide each loss
         by the number of micro-batches, as with plain torch. A combination may be absent from a
         micro-batch. :meth:`zero_grad` drops pending rows, and they are not part of
-        :meth:`state_dict`. Arguments and errors are those of :meth:`backward`.
+        :meth:`state_dict`.
+
+        Args:
+            losses: as in :meth:`backward`.
+
+        Raises:
+            TypeError, ValueError: as :meth:`backward`. Once rows are pending, a micro-batch in
+                which everything is unavailable is no error, here or there.
 
         An error found before the first backward leaves the pending rows as they were. A closure
         that fails after rows of earlier micro-batches have been added to (in place: a copy would
@@ -172,30 +187,41 @@ class ModalityDecoupledOptimizer(Optimizer):
 
         Returns:
             What the base returns; for losses, the detached losses in the same shape: a dict with
-            the same keys or a list, None where unavailable.
+            the same keys, a list or a tuple; None where unavailable.
 
         Raises:
             RuntimeError: there are pending rows from :meth:`accumulate` that were never merged.
             TypeError, ValueError: as :meth:`backward`; nothing was touched and no step taken.
+
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        >>> opt = ModalityDecoupledOptimizer(SGD([weight], lr=0.1))
+        >>> opt.step({"text": weight.sum(), "audio": None})
+        {'text': tensor(3.), 'audio': None}
         """
         self._refuse_inside_closure("step()")
-        if self._pending:
-            raise RuntimeError(
-                f"step() with {len(self._pending)} pending rows from accumulate(); call "
-                "backward(losses) with the last micro-batch first, or zero_grad() to drop them"
-            )
+        self._refuse_pending()
         if closure is None:
             return self._base.step()
         if callable(closure) and not isinstance(closure, Mapping | Sequence):
-            return self._base.step(closure)
+
+            def checked() -> Any:
+                result = closure()
+                self._refuse_pending()  # before the base changes anything
+                return result
+
+            return self._base.step(checked)
         _, taken = self._decouple(closure, replace=True)
         self._base.step()
         if isinstance(closure, Mapping):
             return dict(zip(closure, taken.values(), strict=True))
-        return list(taken.values())
+        return (tuple if isinstance(closure, tuple) else list)(taken.values())
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset ``.grad`` of all parameters, and drop pending rows."""
+        """Reset ``.grad`` of all parameters, and drop pending rows.
+
+        Raises:
+            ValueError: called by a closure whose row is being taken.
+        """
         self._refuse_inside_closure("zero_grad()")
         self._drop_pending()
         self._base.zero_grad(set_to_none)
@@ -214,7 +240,9 @@ class ModalityDecoupledOptimizer(Optimizer):
             common = {p for p in reached if all(p in row for row in rows)}
             scope = self._scope_of(reached, common)
             measured = gramian(rows, [p for p in reached if p in scope])
-            weights = self._weights(measured) if scope else torch.ones_like(measured[0])
+            # One loss has no conflicts: exactly its gradient, NaN only where it has NaN.
+            alone = not scope or len(rows) == 1
+            weights = torch.ones_like(measured[0]) if alone else self._weights(measured)
             report = Decoupling(
                 names=tuple(taker.rows),
                 unavailable=tuple(n for n in self._absent | taken if n not in taker.rows),
@@ -254,9 +282,9 @@ class ModalityDecoupledOptimizer(Optimizer):
         if self._rule == "gmd":
             return rules.gmd(measured)
         if self._rule == "pcgrad":
-            return rules.pcgrad(measured, self._order(m).to(measured.device))
+            return rules.pcgrad(measured, self._order(m).to(measured.device, non_blocking=True))
         assert callable(self._rule)
-        weights = self._rule(measured)
+        weights = self._rule(measured.clone())  # the report keeps its own
         if not isinstance(weights, Tensor):
             raise TypeError(f"rule must return a tensor of weights, got {type(weights).__name__}")
         if weights.shape != (m,):
@@ -271,7 +299,7 @@ class ModalityDecoupledOptimizer(Optimizer):
         # An odd multiplier keeps (seed, merges) and (seed + 1, merges - 1) apart.
         mixed = self._counter(_SEED) * 0x9E3779B97F4A7C15 + self._counter(_MERGES)
         generator = torch.Generator().manual_seed(mixed % 2**63)
-        return torch.rand(m, m, generator=generator, device="cpu").argsort(dim=-1)
+        return torch.rand(m, m, generator=generator, device="cpu", dtype=torch.float64).argsort(-1)
 
     @contextlib.contextmanager
     def _rows_of(self, losses: Losses) -> Iterator[tuple[RowTaker, dict[str, Tensor | None]]]:
@@ -291,6 +319,13 @@ class ModalityDecoupledOptimizer(Optimizer):
         finally:
             self._active.clear()
 
+    def _refuse_pending(self) -> None:
+        if self._pending:
+            raise RuntimeError(
+                f"step() with {len(self._pending)} pending rows from accumulate(); call "
+                "backward(losses) with the last micro-batch first, or zero_grad() to drop them"
+            )
+
     def _refuse_inside_closure(self, call: str) -> None:
         if self._active:
             raise ValueError(
@@ -307,6 +342,7 @@ class ModalityDecoupledOptimizer(Optimizer):
 
     @property
     def defaults(self) -> dict[str, Any]:
+        """The base's."""
         return self._base.defaults
 
     @defaults.setter
@@ -315,6 +351,7 @@ class ModalityDecoupledOptimizer(Optimizer):
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:
+        """The base's."""
         return self._base.state
 
     @state.setter
@@ -323,6 +360,7 @@ class ModalityDecoupledOptimizer(Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
+        """The base's, with the seed and the number of merges in each."""
         return self._base.param_groups
 
     @param_groups.setter
@@ -345,7 +383,11 @@ class ModalityDecoupledOptimizer(Optimizer):
         return self._base.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state of a wrapped or of a bare base optimizer; drops pending rows."""
+        """Load the state of a wrapped optimizer, or of a bare base; drops pending rows.
+
+        The seed and the number of merges come from ``state_dict``; a bare base's has neither, and
+        this optimizer's own are kept.
+        """
         seed, merges = self._counter(_SEED), self._counter(_MERGES)
         self._base.load_state_dict(state_dict)
         self._drop_pending()
@@ -440,13 +482,11 @@ def _parameters(base: Optimizer) -> list[Tensor]:
 
 def _checked_rule(rule: str | Rule) -> str | Rule:
     if isinstance(rule, str):
-        if rule not in rules.__all__:
-            raise ValueError(f"rule must be one of {rules.__all__} or a callable, got {rule!r}")
+        if rule not in _RULES:
+            raise ValueError(f"rule must be one of {_RULES} or a callable, got {rule!r}")
         return rule
     if not callable(rule):
-        raise TypeError(
-            f"rule must be one of {rules.__all__} or a callable, got {type(rule).__name__}"
-        )
+        raise TypeError(f"rule must be one of {_RULES} or a callable, got {type(rule).__name__}")
     try:
         # A module's __call__ takes anything; its forward tells.
         signature = inspect.signature(getattr(rule, "forward", rule))

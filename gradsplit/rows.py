@@ -5,6 +5,7 @@ the hooks of DDP and FSDP work only there. While rows are taken, the parameters'
 set aside; whatever happens, they are put back.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -43,8 +44,8 @@ def read_losses(losses: Losses) -> list[Entry]:
     Raises:
         TypeError: not a mapping or sequence; a key that is no name; a loss that is neither tensor,
             closure nor None.
-        ValueError: no losses, all of them None, two keys with one name; a loss that is not a real
-            scalar, requires no grad, or lies on another device than the first.
+        ValueError: no losses, two keys with one name; a loss that is not a real scalar, requires
+            no grad, or lies on another device than the first.
     """
     if isinstance(losses, Mapping):
         names, values = [_name(key) for key in losses], list(losses.values())
@@ -71,8 +72,6 @@ def read_losses(losses: Losses) -> list[Entry]:
                 f"{entry.where} must be a scalar loss tensor, a closure or None; "
                 f"got {_describe(entry.loss)}"
             )
-    if all(entry.loss is None for entry in entries):
-        raise _all_unavailable(entries)
     return entries
 
 
@@ -108,15 +107,16 @@ class RowTaker:
     On leaving without an error, leaves outside ``parameters`` that the losses reach hold the plain
     sum in ``.grad``. On an error every ``.grad`` is as before; ``rows`` are too, unless rows of
     earlier micro-batches had already been added to: then they are dropped, and a note on the
-    exception says so. (A leaf outside ``parameters`` that only a reentrant checkpoint knows of is
-    not visible in the graph; it accumulates as torch has it, and is not restored.)
+    exception says so. Two things the graph cannot tell, and they are not restored: leaves outside
+    ``parameters`` that only a reentrant checkpoint knows of, and such leaves after a closure has
+    called backward itself.
     """
 
     def __init__(self, parameters: Iterable[Tensor], rows: dict[str, Row]) -> None:
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self.rows = rows
         self._earlier = set(rows)
-        self._spoilt = False
+        self._earlier_changed = False
         self._own: dict[Tensor, Tensor | None] = {}
         self._outside: dict[Tensor, Tensor | None] = {}
 
@@ -140,13 +140,13 @@ class RowTaker:
             leaf.grad = gradient
         if error is None:
             add_gradients(sums)
-        elif self._spoilt:
+        elif self._earlier_changed:
             self.rows.clear()
-            if hasattr(error, "add_note"):  # Python 3.11
-                error.add_note(
-                    "gradsplit: rows accumulated from earlier micro-batches had already been "
-                    "added to and were dropped; start the accumulation again"
-                )
+            _add_note(
+                error,
+                "rows accumulated from earlier micro-batches had already been added to and were "
+                "dropped; start the accumulation again",
+            )
         else:
             for name in set(self.rows) - self._earlier:
                 del self.rows[name]
@@ -155,7 +155,8 @@ class RowTaker:
         """Run every closure and backward; returns the detached losses by name.
 
         Raises:
-            ValueError: all entries are unavailable, or a loss reaches none of the parameters.
+            ValueError: all entries are unavailable and there are no earlier rows; a loss reaches
+                none of the parameters.
             TypeError, ValueError: what a closure returned is not a loss.
         """
         tensors = [entry.loss for entry in entries if isinstance(entry.loss, Tensor)]
@@ -182,19 +183,20 @@ class RowTaker:
             self._backward(loss, retain, entry)
             taken[entry.name] = loss.detach()
             del loss  # and with it the graph of a closure, before the next one runs
-        if all(loss is None for loss in taken.values()):
-            raise _all_unavailable(entries)
+        if not self.rows:
+            names = ", ".join(repr(entry.name) for entry in entries)
+            raise ValueError(f"losses: all are unavailable (None): {names}; skip this batch")
         return taken
 
     def consume(self) -> None:
         """The rows are about to be merged, which empties them: an error from here on drops them."""
-        self._spoilt = bool(self._earlier)
+        self._earlier_changed = bool(self._earlier)
 
     def _call(self, entry: Entry, device: torch.device | None) -> Tensor | None:
         if entry.loss is None:
             return None
         assert not isinstance(entry.loss, Tensor)
-        with torch.enable_grad():
+        with torch.enable_grad(), _noted(f"in the closure of {entry.where}"):
             loss = entry.loss()
         if any(parameter.grad is not None for parameter in self.parameters):
             raise ValueError(
@@ -214,10 +216,15 @@ class RowTaker:
     def _backward(self, loss: Tensor, retain_graph: bool, entry: Entry) -> None:
         row = self.rows.get(entry.name)
         if row is not None:
-            self._spoilt = self._spoilt or entry.name in self._earlier
+            self._earlier_changed = self._earlier_changed or entry.name in self._earlier
             for parameter, gradient in row.gradients.items():
-                parameter.grad = gradient
-        torch.autograd.backward(loss, retain_graph=retain_graph)
+                if parameter in self._own:  # and not frozen or removed since
+                    parameter.grad = gradient
+        with _noted(
+            f"in the backward of {entry.where}; a closure must run its own forward: losses that "
+            "share one are given as tensors"
+        ):
+            torch.autograd.backward(loss, retain_graph=retain_graph)
         gradients = {}
         for parameter in self.parameters:
             if parameter.grad is not None:
@@ -227,7 +234,7 @@ class RowTaker:
                         f"{tuple(parameter.shape)}; use dense gradients (for nn.Embedding: "
                         "sparse=False) or give that parameter to an optimizer of its own"
                     )
-                gradients[parameter] = parameter.grad
+                gradients[parameter] = _owned(parameter.grad)
                 parameter.grad = None
         if not gradients:
             raise _reaches_nothing(entry.where)
@@ -250,6 +257,12 @@ class RowTaker:
             if leaf is not None and leaf not in self._own and leaf not in self._outside:
                 self._outside[leaf] = leaf.grad
                 leaf.grad = None
+
+
+def _owned(gradient: Tensor) -> Tensor:
+    """A piece of a larger storage is copied: DDP's next backward overwrites its buckets."""
+    size = gradient.numel() * gradient.element_size()
+    return gradient.clone() if gradient.untyped_storage().nbytes() > size else gradient
 
 
 def _walk(loss: Tensor, seen: set[Node]) -> Iterator[Node]:
@@ -291,6 +304,21 @@ def _shared_with_later(losses: Sequence[Tensor]) -> list[bool]:
     return shared[::-1]
 
 
+@contextlib.contextmanager
+def _noted(where: str) -> Iterator[None]:
+    """An exception of the user's or of torch's passes through, saying where it came from."""
+    try:
+        yield
+    except Exception as error:
+        _add_note(error, where)
+        raise
+
+
+def _add_note(error: BaseException, note: str) -> None:
+    if hasattr(error, "add_note"):  # Python 3.11
+        error.add_note(f"gradsplit: {note}")
+
+
 def _name(key: Any) -> str:
     if isinstance(key, str):
         return key
@@ -326,11 +354,6 @@ def _reaches_nothing(where: str) -> ValueError:
     return ValueError(
         f"{where} does not depend on any parameter of this optimizer that requires grad"
     )
-
-
-def _all_unavailable(entries: Sequence[Entry]) -> ValueError:
-    names = ", ".join(repr(entry.name) for entry in entries)
-    return ValueError(f"losses: all are unavailable (None): {names}; skip this batch")
 
 
 def _describe(value: object) -> str:

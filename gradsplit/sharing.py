@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, overload
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -62,7 +63,18 @@ class ModalityNorm(nn.Module):
         self.bias = nn.ParameterDict({name: nn.Parameter(torch.zeros(channels)) for name in names})
 
     def forward(self, features: Tensor, modality: str) -> Tensor:
-        """Same shape as ``features``. Raises ValueError for an unknown ``modality``."""
+        """Normalise the features of one modality.
+
+        Args:
+            features: (..., C) for LayerNorm, (B, C, ...) for GroupNorm.
+            modality: whose affine.
+
+        Returns:
+            The same shape.
+
+        Raises:
+            ValueError: an unknown ``modality``.
+        """
         if modality not in self.weight:
             raise ValueError(f"modality must be one of {list(self.weight)}, got {modality!r}")
         weight, bias = self.weight[modality], self.bias[modality]
@@ -107,12 +119,13 @@ def fuse_available(
     What lies in an unavailable (sample, modality) pair, NaN included, has no influence.
 
     Args:
-        features: a mapping modality -> (B, ...), a sequence of M such tensors, or (M, B, ...). A
-            modality that the mapping lacks, or maps to None, is unavailable. In training prefer a
-            mapping or a sequence: the parts of one (M, B, ...) tensor share its graph.
+        features: a mapping modality -> (B, ...) or None where unavailable, a sequence of M such
+            tensors, or (M, B, ...). In training prefer a mapping or a sequence: the parts of one
+            (M, B, ...) tensor share its graph.
         available: bool, True = available. (B, M): which modalities each sample has, in the order
-            of ``features`` (for a mapping: of its keys). (C, M) with C different from B is
-            understood as ``combinations``. None: everything is available.
+            of ``features`` (for a mapping: of its keys). None: everything is available. As a
+            shorthand, a mask (C, M) whose C is not B is understood as ``combinations``; where C
+            may happen to equal B, as in the last batch of an epoch, say ``combinations=``.
         combinations: (C, M) bool, or for a mapping C tuples of names. Sample b of combination c is
             the mean over the modalities of c that b has.
         return_valid: return the pair (fused, valid) instead of raising where a sample has nothing
@@ -157,7 +170,10 @@ def fuse_available(
                 f"available must be (B, M) = ({batch}, {len(names)}), got {tuple(available.shape)}"
             )
     chosen = _chosen(combinations, names)
-    has = {name: _column(available, names.index(name), batch) for name in present}
+    columns = None if available is None else available.T.tolist()  # one transfer
+    has = {
+        name: [True] * batch if columns is None else columns[names.index(name)] for name in present
+    }
     fused, valid = [], []
     for combination in chosen:
         mean, any_available = _mean(
@@ -181,9 +197,20 @@ def fuse_available(
 def stack_combinations(outputs: Sequence[Tensor]) -> Tensor:
     """C outputs (B, ...) of one combination each -> (C, B, ...), with truthful graphs.
 
-    ``stacked[c]``, iteration and ``stacked.unbind()`` give back the outputs themselves, so that a
-    loss on ``stacked[c]`` reaches only what combination c uses. (Indexing a plain ``torch.stack``
-    sends zero gradients to all the others.) Every other operation sees an ordinary tensor.
+    ``stacked[c]``, ``stacked[c, ...]``, iteration and ``unbind`` give back the outputs themselves,
+    so that a loss on ``stacked[c]`` reaches only what combination c uses. (Indexing a plain
+    ``torch.stack`` sends zero gradients to all the others.) Changes of dtype or device keep that.
+    Everything else sees an ordinary tensor, and gives one, whose graph is that of all combinations:
+    compute the losses one combination at a time. Hooks on the stack do not see such losses.
+
+    ``torch.compile`` of the whole model and ``DDP(find_unused_parameters=True)`` make one graph of
+    all outputs, whatever is returned: there, call the model once per combination.
+
+    Args:
+        outputs: C tensors of one shape.
+
+    Raises:
+        RuntimeError: there are none, or their shapes differ.
 
     >>> a, b = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
     >>> stack_combinations([a, b])[1].sum().backward()
@@ -200,17 +227,46 @@ def stack_combinations(outputs: Sequence[Tensor]) -> Tensor:
 
 class _CombinationStack(Tensor):
     parts: tuple[Tensor, ...]
-    # Results of operations are plain tensors, as they are for nn.Parameter.
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    def __getitem__(self, index: Any) -> Tensor:
-        return self.parts[index] if isinstance(index, int) else super().__getitem__(index)
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():  # results are plain, as for nn.Parameter
+            # After an in-place change the stack says something else than its parts.
+            if args and isinstance(args[0], cls) and args[0]._version == 0:
+                stack, *rest = args
+                if func in _CONVERSIONS:
+                    return stack_combinations([func(part, *rest, **kwargs) for part in stack.parts])
+                if func in (Tensor.unbind, torch.unbind) and (*rest, *kwargs.values()) in (
+                    (),
+                    (0,),
+                ):
+                    return stack.parts
+                if func is Tensor.__iter__:
+                    return iter(stack.parts)
+                if func is Tensor.__getitem__:
+                    first, *within = rest[0] if isinstance(rest[0], tuple) else (rest[0],)
+                    if isinstance(first, int | np.integer) and not isinstance(first, bool):
+                        part = stack.parts[first]
+                        return part[tuple(within)] if within else part
+            return func(*args, **kwargs)
 
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(self.parts)
+    def __repr__(self) -> str:  # type: ignore[override]
+        return repr(self.as_subclass(Tensor))
 
-    def unbind(self, dim: int = 0) -> tuple[Tensor, ...]:
-        return self.parts if dim == 0 else super().unbind(dim)
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+
+_CONVERSIONS = {
+    Tensor.to,
+    Tensor.float,
+    Tensor.double,
+    Tensor.half,
+    Tensor.bfloat16,
+    Tensor.cpu,
+    Tensor.cuda,
+}
 
 
 def _branches(features: Features) -> tuple[list[str], list[Tensor | None]]:
@@ -248,11 +304,6 @@ def _chosen(combinations: Combinations | None, names: list[str]) -> list[tuple[s
         if len(set(combination)) < len(combination):
             raise ValueError(f"combinations: {combination} names a modality twice")
     return chosen
-
-
-def _column(available: Tensor | None, index: int, batch: int) -> list[bool]:
-    column: list[bool] = [True] * batch if available is None else available[:, index].tolist()
-    return column
 
 
 def _mean(

@@ -74,12 +74,13 @@ class SentimentTransformer(nn.Module):
         super().__init__()
         self.config = config = SentimentTransformerConfig() if config is None else config
         self.modalities = tuple(config.dims)
+        # The first module made: it refuses names that no parameter can have.
+        self.norm = ModalityNorm(self.modalities, config.width)
         self.project = nn.ModuleDict(
             {name: nn.Linear(dim, config.width) for name, dim in config.dims.items()}
         )
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(self.modalities, config) for _ in range(config.depth))
-        self.norm = ModalityNorm(self.modalities, config.width)
         self.head = nn.Sequential(
             nn.Linear(config.width, config.width), nn.GELU(), nn.Linear(config.width, 1)
         )
@@ -122,7 +123,8 @@ class SentimentTransformer(nn.Module):
 
         Returns:
             (B,); with combinations (C, B), where the graph of ``scores[c]`` is that of combination
-            c alone.
+            c alone (see :func:`gradsplit.sharing.stack_combinations` for what keeps it so, and for
+            torch.compile and DDP): compute one loss per ``scores[c]``.
 
         Raises:
             TypeError: ``available`` is not bool.
@@ -134,6 +136,11 @@ class SentimentTransformer(nn.Module):
         if combinations is not None:
             combinations = [tuple(combination) for combination in combinations]
             wanted = {name for combination in combinations for name in combination}
+            if not wanted or not wanted <= set(self.modalities):
+                raise ValueError(
+                    f"combinations must be non-empty tuples of {self.modalities}, got "
+                    f"{combinations}"
+                )
         features: dict[str, Tensor | None] = {}
         for column, name in enumerate(self.modalities):
             features[name] = None
@@ -141,7 +148,7 @@ class SentimentTransformer(nn.Module):
                 has = None if available is None else available[:, column]
                 features[name] = self._encode(name, inputs[name], has, batch)
         if all(feature is None for feature in features.values()):
-            raise ValueError(f"inputs: nothing is available for combinations {combinations}")
+            return self._nothing(batch, combinations, return_valid)
         valid: Tensor | None = None
         if return_valid:
             fused, valid = fuse_available(features, available, combinations, return_valid=True)
@@ -161,6 +168,19 @@ class SentimentTransformer(nn.Module):
                 private.update(id(parameter) for parameter in module.parameters())
         return [parameter for parameter in self.parameters() if id(parameter) not in private]
 
+    def _nothing(
+        self, batch: int, combinations: Sequence[Iterable[str]] | None, return_valid: bool
+    ) -> tuple[Tensor, Tensor]:
+        """What forward gives when no sample has any of the modalities asked for."""
+        if not return_valid:
+            raise ValueError(
+                f"inputs: no sample has anything available for {combinations or self.modalities}; "
+                "skip this batch, or ask for return_valid=True"
+            )
+        shape = (batch,) if combinations is None else (len(combinations), batch)
+        scores = self.norm.weight[self.modalities[0]].new_zeros(shape)
+        return scores, torch.zeros(shape, dtype=torch.bool, device=scores.device)
+
     def _check(self, inputs: Mapping[str, Sequences], available: Tensor | None) -> int:
         """The batch size."""
         if not inputs:
@@ -169,7 +189,7 @@ class SentimentTransformer(nn.Module):
         for name, value in inputs.items():
             if name not in self.modalities:
                 raise ValueError(f"inputs: unknown modality {name!r}, not one of {self.modalities}")
-            sequence, lengths = value if isinstance(value, tuple) else (value, None)
+            sequence, lengths = (value, None) if isinstance(value, Tensor) else value
             if sequence.dim() != 3 or sequence.shape[2] != self.config.dims[name]:
                 raise ValueError(
                     f"inputs[{name!r}] must be (B, T, {self.config.dims[name]}), got "
@@ -193,7 +213,7 @@ class SentimentTransformer(nn.Module):
 
     def _encode(self, name: str, value: Sequences, has: Tensor | None, batch: int) -> Tensor | None:
         """(B, D), computed for the samples that have the modality and zero for the others."""
-        sequence, lengths = value if isinstance(value, tuple) else (value, None)
+        sequence, lengths = (value, None) if isinstance(value, Tensor) else value
         rows: Tensor | None = None
         if has is not None and not bool(has.all()):
             rows = has.nonzero().squeeze(1).to(sequence.device)  # (b,)

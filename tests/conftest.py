@@ -1,6 +1,10 @@
 """Hypothesis profiles: ``pytest --hypothesis-profile=thorough`` searches longer."""
 
+import torch
 from hypothesis import HealthCheck, settings
+
+# The tensors are small: two threads would wait for each other longer than they compute.
+torch.set_num_threads(1)
 
 _SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.data_too_large]
 

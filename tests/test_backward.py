@@ -1039,3 +1039,68 @@ def test_closures_run_with_gradients_on_even_under_no_grad() -> None:
     with torch.no_grad():
         opt.step([lambda: (p * 3).sum(), lambda: (p * 5).sum()])
     assert p.tolist() == pytest.approx([-0.8])
+
+
+@pytest.mark.parametrize("gradient", [None, 7.0])
+@pytest.mark.parametrize("how", ["frozen", "removed"])
+def test_a_parameter_that_left_during_accumulation_is_left_alone(
+    how: str, gradient: float | None
+) -> None:
+    """Its earlier rows are dropped; its ``.grad`` and values are the user's again."""
+    a, b = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    opt = ModalityDecoupledOptimizer(
+        torch.optim.SGD([{"params": [a]}, {"params": [b]}], lr=1.0), reduction="sum"
+    )
+    opt.accumulate({"x": (a * b).sum(), "y": (2 * a * b).sum()})
+    if how == "frozen":
+        b.requires_grad_(False)
+    else:
+        opt.param_groups.pop()
+    b.grad = None if gradient is None else torch.full((2,), gradient)
+    frozen = b.detach()
+    opt.accumulate({"x": (a * frozen).sum()})
+    opt.backward({"y": (2 * a * frozen).sum()})
+    if gradient is None:
+        assert b.grad is None
+    else:
+        assert b.grad is not None and b.grad.tolist() == [gradient] * 2
+    assert a.grad is not None and a.grad.tolist() == [6.0, 6.0]
+
+
+def test_one_loss_with_nan_equals_plain_backward_exactly() -> None:
+    """NaN stays where it is: nothing is projected, so no weight spreads it."""
+    p = nn.Parameter(torch.ones(3))
+    factors = torch.tensor([1.0, float("nan"), 3.0])
+    for rule in ("gmd", "pcgrad", lambda gramian: torch.full((1,), 0.5)):
+        p.grad = None
+        ModalityDecoupledOptimizer(torch.optim.SGD([p], lr=0.1), rule=rule).backward(
+            [(p * factors).sum()]
+        )
+        assert p.grad is not None
+        torch.testing.assert_close(p.grad, factors, equal_nan=True, rtol=0, atol=0)
+
+
+def test_a_rule_that_changes_its_argument_does_not_change_the_report() -> None:
+    def clamping(gramian: Tensor) -> Tensor:
+        return gramian.clamp_(min=0.0).new_ones(len(gramian))
+
+    p = nn.Parameter(torch.ones(2))
+    opt = ModalityDecoupledOptimizer(torch.optim.SGD([p], lr=0.1), rule=clamping)
+    assert opt.backward([p.sum(), -p.sum()]).conflict_rate() == 1.0
+
+
+def test_rows_do_not_alias_a_storage_that_the_next_backward_overwrites() -> None:
+    """As DDP's buckets with ``gradient_as_bucket_view=True``, played here by a hook."""
+    p = nn.Parameter(torch.ones(2))
+    bucket = torch.zeros(4)
+
+    def into_bucket(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        bucket[1:3] = parameter.grad
+        parameter.grad = bucket[1:3]
+
+    p.register_post_accumulate_grad_hook(into_bucket)
+    opt = ModalityDecoupledOptimizer(torch.optim.SGD([p], lr=0.1), reduction="sum")
+    report = opt.backward([p[0] * 1.0, p[1] * 2.0])
+    assert report.gramian.tolist() == [[1.0, 0.0], [0.0, 4.0]]
+    assert p.grad is not None and p.grad.tolist() == [1.0, 2.0]

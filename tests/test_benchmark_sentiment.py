@@ -515,7 +515,6 @@ def test_resuming_with_other_data_is_refused(
 def test_ctrl_c_prints_the_command_that_continues_exactly(tmp_path: Path, file: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.sentiment", "--data", str(file), *SMALL,
                "--methods", "sum,gmd", "--seeds", "1", "--epochs", "20"]  # fmt: skip
-    threads = str(torch.get_num_threads())
 
     def start(*arguments: str) -> subprocess.Popen[str]:
         # A test run in the background has SIGINT ignored, and would pass that on.
@@ -524,7 +523,6 @@ def test_ctrl_c_prints_the_command_that_continues_exactly(tmp_path: Path, file: 
             return subprocess.Popen(
                 arguments,
                 cwd=ROOT,
-                env={**os.environ, "OMP_NUM_THREADS": threads},
                 stderr=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 text=True,

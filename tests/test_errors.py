@@ -628,3 +628,47 @@ def test_the_last_report_survives_an_error() -> None:
     last = training.opt.last
     refuse(training, "backward", {"a": torch.ones(())}, "'a'")
     assert training.opt.last is last
+
+
+def test_exceptions_that_pass_through_say_which_loss_they_came_from() -> None:
+    """A closure that raises, and closures that share a forward made outside of them."""
+    p = nn.Parameter(torch.ones(2))
+    opt = ModalityDecoupledOptimizer(torch.optim.SGD([p], lr=0.1))
+
+    def broken() -> Tensor:
+        raise KeyError("no such file")
+
+    with pytest.raises(KeyError) as raised:
+        opt.backward({"text": lambda: p.sum(), "audio": broken})
+    if hasattr(raised.value, "__notes__"):  # Python 3.11
+        assert "loss 2 of 2 ('audio')" in raised.value.__notes__[0]
+    shared = p.exp()
+    with pytest.raises(RuntimeError, match="second time") as again:
+        opt.backward([lambda: shared.sum(), lambda: shared.square().sum()])
+    if hasattr(again.value, "__notes__"):
+        assert "its own forward" in again.value.__notes__[0]
+    assert p.grad is None
+
+
+def test_a_micro_batch_without_anything_ends_a_window_that_has_rows() -> None:
+    p = nn.Parameter(torch.ones(2))
+    opt = ModalityDecoupledOptimizer(torch.optim.SGD([p], lr=0.1))
+    opt.accumulate({"text": p.sum(), "audio": None})
+    report = opt.backward({"text": None, "audio": None})
+    assert (report.names, report.unavailable) == (("text",), ("audio",))
+    assert p.grad is not None and p.grad.tolist() == [1.0, 1.0]
+    with pytest.raises(ValueError, match="all are unavailable"):
+        opt.backward({"text": None, "audio": None})
+
+
+def test_a_torch_closure_that_leaves_rows_pending_takes_no_step() -> None:
+    p = nn.Parameter(torch.ones(2))
+    opt = ModalityDecoupledOptimizer(torch.optim.SGD([p], lr=0.1))
+
+    def accumulating() -> Tensor:
+        opt.accumulate([p.sum()])
+        return p.sum()
+
+    with pytest.raises(RuntimeError, match="pending"):
+        opt.step(accumulating)
+    assert p.tolist() == [1.0, 1.0]

@@ -195,8 +195,8 @@ def test_incomplete_samples_train_with_a_validity_mask() -> None:
         ({"text": (torch.zeros(1, 2, 6), torch.tensor([0]))}, {}, "lengths must be between 1"),
         ({"text": (torch.zeros(1, 2, 6), torch.tensor([1, 1]))}, {}, "lengths must be"),
         ({"text": torch.zeros(1, 2, 6)}, {"available": torch.ones(1, 2) > 0}, "available must be"),
-        ({"text": torch.zeros(1, 2, 6)}, {"combinations": [("audio",)]}, "nothing is available"),
-        ({"text": torch.zeros(1, 2, 6)}, {"combinations": [("text", "x")]}, "unknown modality"),
+        ({"text": torch.zeros(1, 2, 6)}, {"combinations": [("audio",)]}, "no sample has anything"),
+        ({"text": torch.zeros(1, 2, 6)}, {"combinations": [("text", "x")]}, "combinations must be"),
         (
             {"text": torch.zeros(2, 2, 6), "audio": torch.zeros(2, 2, 3)},
             {"available": torch.tensor([[True, True, False], [False, False, True]])},
@@ -216,3 +216,18 @@ def test_bad_inputs_are_named(inputs: Inputs, arguments: dict[str, Any], message
 def test_bad_configurations_are_named(config: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(config))):
         SentimentTransformerConfig(**config)  # type: ignore[arg-type]
+
+
+def test_a_batch_without_what_is_asked_for_is_all_invalid() -> None:
+    """Sampled combinations meet incomplete data: no score means anything, and nothing raises."""
+    model, inputs = small_model(), some_inputs()
+    text_only = torch.tensor([[True, False, False]] * 3)
+    scores, valid = model(inputs, text_only, [("audio",), ("vision",)], return_valid=True)
+    assert scores.shape == valid.shape == (2, 3) and not valid.any() and not scores.any()
+    scores, valid = model(inputs, ~text_only & text_only, return_valid=True)
+    assert scores.shape == (3,) and not valid.any()
+
+
+def test_a_modality_name_that_no_parameter_can_have_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'a\.b'"):
+        SentimentTransformer(SentimentTransformerConfig({"a.b": 3}))

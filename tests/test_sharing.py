@@ -1,5 +1,9 @@
 """Dynamic Sharing blocks: what they compute, and that the graph tells the truth."""
 
+import io
+from collections.abc import Callable
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -150,3 +154,65 @@ def test_fusion_errors(features: object, arguments: dict[str, object], message: 
 def test_a_mask_that_is_not_bool_is_refused() -> None:
     with pytest.raises(TypeError, match="bool"):
         fuse_available({"a": torch.zeros(2, 3)}, torch.ones(2, 1))
+
+
+def stacked_pair() -> tuple[Tensor, Tensor, Tensor]:
+    a, b = (torch.randn(2, 3, requires_grad=True) for _ in range(2))
+    return a, b, stack_combinations([a, b])
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        lambda s: s[1],
+        lambda s: s[-1],
+        lambda s: s[np.int64(1)],
+        lambda s: s[1, 0],
+        lambda s: s[1, :, 2],
+        lambda s: list(s)[1],
+        lambda s: s.unbind()[1],
+        lambda s: torch.unbind(s, 0)[1],
+        lambda s: s.double()[1],
+        lambda s: s.to(torch.bfloat16)[1],
+        lambda s: dict(enumerate(s))[1],
+    ],
+)
+def test_every_usual_access_to_one_combination_is_truthful(
+    second: Callable[[Tensor], Tensor],
+) -> None:
+    a, b, stacked = stacked_pair()
+    plain = torch.stack([a, b])
+    assert torch.equal(second(stacked), second(plain))
+    torch.autograd.backward(second(stacked).sum())
+    assert a.grad is None and b.grad is not None
+
+
+def test_a_stack_changed_in_place_is_what_indexing_shows() -> None:
+    _, _, stacked = stacked_pair()
+    stacked.mul_(10)
+    assert torch.equal(stacked[1], stacked[:][1])
+    with torch.no_grad():
+        _, _, other = stacked_pair()
+        other[0] = 5.0
+    assert other[0].eq(5).all()
+
+
+def test_a_stack_prints_and_saves_as_a_plain_tensor() -> None:
+    _, _, stacked = stacked_pair()
+    assert "Stack" not in repr(stacked) and stacked[True].shape == (1, 2, 2, 3)
+    file = io.BytesIO()
+    torch.save(stacked.detach(), file)
+    torch.save(stacked, file)
+    file.seek(0)
+    assert type(torch.load(file, weights_only=True)) is Tensor
+
+
+def test_combinations_stay_apart_under_autocast_and_output_conversion() -> None:
+    """Accelerate and Fabric run the forward under autocast and convert what it returns."""
+    features = {name: torch.randn(2, 4, requires_grad=True) for name in NAMES}
+    layer = nn.Linear(4, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        fused = fuse_available(features, combinations=[("text",), ("audio",)])
+        scores = stack_combinations([layer(one) for one in fused]).float()
+    torch.autograd.backward(scores[0].sum())
+    assert features["text"].grad is not None and features["audio"].grad is None
