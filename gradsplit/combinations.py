@@ -97,7 +97,7 @@ class CombinationSampler:
         return {"generator": self._generator.get_state()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue where the sampler that wrote ``state_dict`` stood, made with the same arguments."""
+        """Continue where the sampler, made with the same arguments, wrote ``state_dict``."""
         self._generator.set_state(state_dict["generator"])
 
 

@@ -1,4 +1,4 @@
-"""The MMSA layout: what is read, what is repaired and counted, what is refused and how it says so."""
+"""The MMSA layout: what is read, what is repaired and counted, and what is refused, and how."""
 
 import os
 import pickle
