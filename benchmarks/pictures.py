@@ -111,6 +111,7 @@ def draw_curves(
     shares: Mapping[str, Array],
     combinations: Sequence[str],
     curves: Mapping[str, Mapping[str, Array]],
+    highest: Mapping[str, float],
 ) -> None:
     """What the gradients did over training: shares per combination above, other measures below.
 
@@ -120,6 +121,7 @@ def draw_curves(
         shares: by method, (seeds, steps, combinations); NaN where a combination was not drawn.
         combinations: the names of the last axis.
         curves: by the label of the y axis: by method, (seeds, steps).
+        highest: by the same label, what the quantity cannot exceed: the band is cut off there.
     """
     with style.context(STYLE):
         figure = Figure(figsize=(12.5, 6.8))
@@ -135,7 +137,7 @@ def draw_curves(
         lower = below.subplots(1, len(curves) + 1, width_ratios=_widths(len(curves)))
         for axis, (label, by_method) in zip(lower, curves.items(), strict=False):
             for method, values in by_method.items():
-                _draw_band(axis, method, values)
+                _draw_band(axis, method, values, highest.get(label, np.inf))
             axis.set_title(label)
             axis.set_xlabel("training step")
             # The band of a quantity that is never negative may reach below zero.
@@ -228,15 +230,15 @@ def _legend_beside(place: Axes, drawn: Axes, title: str) -> None:
     place.legend(handles, labels, loc="center left", title=title, borderaxespad=0)
 
 
-def _draw_band(axis: Axes, method: str, values: Array) -> None:
+def _draw_band(axis: Axes, method: str, values: Array, highest: float) -> None:
     """Mean over seeds, smoothed, with a band of one sample standard deviation."""
     smoothed = smooth(values, _window(values.shape[1]))
     mean = _mean_over_seeds(smoothed)
     steps = np.arange(len(mean))
     if len(values) > 1:
         spread = smoothed.std(0, ddof=1)
-        axis.fill_between(steps, mean - spread, mean + spread, color=_color(method), alpha=0.15,
-                          linewidth=0)  # fmt: skip
+        top = np.minimum(mean + spread, highest)
+        axis.fill_between(steps, mean - spread, top, color=_color(method), alpha=0.15, linewidth=0)
     axis.plot(steps, mean, color=_color(method), linewidth=1.6, label=method)
 
 

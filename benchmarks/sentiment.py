@@ -26,55 +26,45 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.stats import t as student_t
-from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from benchmarks import results
 from benchmarks.checkpoint import load_checkpoint, save_checkpoint
-from benchmarks.pictures import draw_angles, draw_curves, draw_scores
 from benchmarks.sentiment_data import MODALITIES, SentimentData, Split, load_file, synthetic
-from gradsplit import (
-    CombinationSampler,
-    Decoupling,
-    ModalityDecoupledOptimizer,
-    modality_combinations,
+from benchmarks.sentiment_report import (
+    COMBINATIONS,
+    NAMES,
+    RESULTS,
+    TABLE,
+    Report,
+    metrics,
+    summarise,
+    write_report,
 )
+from gradsplit import CombinationSampler, ModalityDecoupledOptimizer, modality_combinations
 from reference_models.sentiment_transformer import SentimentTransformer, SentimentTransformerConfig
 
-__all__ = ["Config", "diagnose", "main", "metrics", "plain_sum"]
+__all__ = ["Config", "Session", "Training", "main", "plain_sum"]
 
 Combination = tuple[str, ...]
 Array = npt.NDArray[np.float64]
 
-COMBINATIONS = modality_combinations(MODALITIES)
-NAMES = ["+".join(combination) for combination in COMBINATIONS]
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
     "adam": torch.optim.Adam,
     "sgd": torch.optim.SGD,
 }
 LOSSES = {"l1": F.l1_loss, "mse": F.mse_loss}
-METRICS = {
-    "mae": "MAE",
-    "corr": "Corr",
-    "acc2_has0": "Acc-2 (has 0)",
-    "f1_has0": "F1 (has 0)",
-    "acc2_non0": "Acc-2 (non 0)",
-    "f1_non0": "F1 (non 0)",
-    "acc7": "Acc-7",
-}
 CHECKPOINT = "checkpoint.pt"
-RESULTS = "results.json"
 EVALUATION_BATCH = 64
 
 
@@ -115,43 +105,7 @@ class Config:
     threads: int = 1
 
 
-# --- metrics -------------------------------------------------------------------------------------
-
-
-def metrics(predictions: Array, labels: Array) -> dict[str, float]:
-    """MMSA's measures for scores in [-3, 3], both (N,); clipped for Acc-7 only, as there."""
-    nonzero = labels != 0
-    negative = {
-        "has0": (labels >= 0, predictions >= 0),
-        "non0": (labels[nonzero] > 0, predictions[nonzero] > 0),
-    }
-    found = {
-        "mae": mean_absolute_error(labels, predictions),
-        "corr": _pearson(predictions, labels),
-        "acc7": accuracy_score(_seven(labels), _seven(predictions)),
-    }
-    for flavour, (truth, guess) in negative.items():
-        found[f"acc2_{flavour}"] = accuracy_score(truth, guess)
-        found[f"f1_{flavour}"] = f1_score(truth, guess, average="weighted", zero_division=0)
-    return {name: float(found[name]) for name in METRICS}
-
-
-def _seven(scores: Array) -> npt.NDArray[np.int64]:
-    return np.round(scores.clip(-3, 3)).astype(np.int64)
-
-
-def _pearson(predictions: Array, labels: Array) -> float:
-    """0.0 where one of the two is constant: it follows nothing."""
-    if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
-        return 0.0
-    return float(np.corrcoef(predictions, labels)[0, 1])
-
-
-def summarise(by_combination: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Means over the combinations, and the MAE of the worst one."""
-    rows = list(by_combination.values())
-    means = {name: math.fsum(row[name] for row in rows) / len(rows) for name in METRICS}
-    return {**means, "worst_mae": max(row["mae"] for row in rows)}
+# --- evaluation ----------------------------------------------------------------------------------
 
 
 class Diverged(RuntimeError):
@@ -412,355 +366,22 @@ class Session:
                 self.save()
                 progress.write(_line_of(result, number, len(plan)), file=sys.stderr)
 
+    def report(self, data: SentimentData) -> Report:
+        """To be called when every training is done."""
+        return Report.of(
+            data,
+            config=asdict(self.config),
+            command=self.command,
+            environment=self.environment,
+            done=self.done,
+        )
+
 
 def _line_of(result: Mapping[str, Any], number: int, total: int) -> str:
     return (
         f"[{number}/{total}] {result['method']}, seed {result['seed']}: best epoch "
         f"{result['best_epoch']}, valid MAE {result['valid_mae']:.3f}, "
         f"test MAE {result['summary']['mae']:.3f} ({result['seconds']:.0f} s)"
-    )
-
-
-# --- what the gradients did ----------------------------------------------------------------------
-
-
-def diagnose(records: Mapping[str, Tensor]) -> dict[str, Array]:
-    """Per step: angles between rows and to the merged gradient, shares, dominance, conflicts.
-
-    ``shares`` is (steps, 7), NaN for combinations that were not drawn.
-    """
-    rows: dict[str, list[Any]] = {
-        key: [] for key in ("pairs", "merged", "shares", "dominance", "conflicts", "alignment")
-    }
-    for gramian, weights, trained in zip(*(records[key] for key in RECORDS), strict=True):
-        names = tuple(NAMES[i] for i in trained.tolist())
-        seen = Decoupling(names, (), gramian.new_zeros(len(names)), gramian, weights)
-        scalars = seen.as_scalars(prefix="")
-        shares = np.full(len(NAMES), np.nan)
-        shares[trained.numpy()] = seen.shares().numpy()
-        rows["pairs"].append(seen.angles().numpy())
-        rows["merged"].append(merged_angles(gramian, weights).numpy())
-        rows["shares"].append(shares)
-        rows["dominance"].append(scalars["dominance_max"])
-        rows["conflicts"].append(scalars["conflict_rate"])
-        rows["alignment"].append(scalars["alignment"])
-    return {key: np.array(values, dtype=np.float64) for key, values in rows.items()}
-
-
-RECORDS = ("gramians", "weights", "trained")
-
-
-def merged_angles(gramian: Tensor, weights: Tensor) -> Tensor:
-    """(m,): angle in degrees between each row and w^T J; 90 where one of the two is zero.
-
-    <g_i, w^T J> = (K w)_i and ||w^T J||^2 = w^T K w: the rows themselves are not needed.
-    """
-    inner = gramian @ weights
-    scale = (gramian.diagonal() * (weights @ inner).clamp(min=0.0)).sqrt()
-    cosine = torch.where(scale > 0, inner / scale, 0.0).clamp(-1.0, 1.0)
-    return cosine.acos().rad2deg()
-
-
-def _summary_of(seen: Mapping[str, Array], epochs: int) -> dict[str, Any]:
-    """The part of :func:`diagnose` that goes into the result file: per epoch, and histograms."""
-    bins = np.arange(0, 181, 5)
-    per_epoch = {
-        key: [float(part.mean()) for part in np.array_split(seen[key], epochs)]
-        for key in ("dominance", "conflicts", "alignment")
-    }
-    shares = {
-        name: [_mean_or_none(part) for part in np.array_split(seen["shares"][:, number], epochs)]
-        for number, name in enumerate(NAMES)
-    }
-    histograms = {
-        key: np.histogram(seen[key], bins=bins)[0].tolist() for key in ("pairs", "merged")
-    }
-    return {
-        "per_epoch": {**per_epoch, "shares": shares},
-        "angle_bins": bins.tolist(),
-        "angle_counts": histograms,
-        "above_90": {key: float((seen[key] > 90).mean()) for key in ("pairs", "merged")},
-    }
-
-
-def _mean_or_none(values: Array) -> float | None:
-    known = values[np.isfinite(values)]
-    return float(known.mean()) if len(known) else None
-
-
-# --- tables --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a finished session found, ready to be written."""
-
-    session: Session
-    data: SentimentData
-    constant: dict[str, float]
-    seen: dict[str, dict[str, Array]]  # method -> diagnose(), stacked over seeds
-
-    @classmethod
-    def of(cls, session: Session, data: SentimentData) -> "Report":
-        train, test = data.splits["train"].labels, data.splits["test"].labels
-        guess = np.full(len(test), float(train.double().mean()))
-        constant = metrics(guess, test.double().numpy())
-        by_method: dict[str, list[dict[str, Array]]] = {}
-        for one in session.done:
-            if one["records"]["weights"].shape[1] > 1:
-                by_method.setdefault(one["result"]["method"], []).append(diagnose(one["records"]))
-        seen = {
-            method: {key: np.stack([run[key] for run in runs]) for key in runs[0]}
-            for method, runs in by_method.items()
-        }
-        return cls(session, data, constant, seen)
-
-    @property
-    def methods(self) -> tuple[str, ...]:
-        return self.session.config.methods
-
-    @property
-    def label(self) -> str:
-        """For titles: says synthetic where it is."""
-        if self.data.synthetic:
-            return "SYNTHETIC data"
-        return f"{Path(self.data.source).name} (SHA-256 {self.data.digest[:12]})"
-
-    def runs(self, method: str) -> list[dict[str, Any]]:
-        """Results of a method, by seed."""
-        return [one["result"] for one in self.session.done if one["result"]["method"] == method]
-
-    def scores(self, method: str, metric: str) -> Array:
-        """(seeds, 7)."""
-        return np.array(
-            [[run["test"][name][metric] for name in NAMES] for run in self.runs(method)]
-        )
-
-    def as_json(self) -> dict[str, Any]:
-        epochs = self.session.config.epochs
-        runs = []
-        for one in self.session.done:
-            result = dict(one["result"])
-            if result["method"] in self.seen:
-                seed = result["seed"]
-                seen = {key: rows[seed] for key, rows in self.seen[result["method"]].items()}
-                result["gradients"] = _summary_of(seen, epochs)
-            runs.append(result)
-        return {
-            "benchmark": "sentiment",
-            "command": self.session.command,
-            "config": asdict(self.session.config),
-            "environment": self.session.environment,
-            "data": {
-                "source": self.data.source,
-                "synthetic": self.data.synthetic,
-                "sha256": self.data.digest,
-                "shapes": self.data.shapes(),
-                "cleaning": self.data.cleaning,
-            },
-            "selection": SELECTION,
-            "combinations": NAMES,
-            "constant_predictor": self.constant,
-            "runs": runs,
-            "comparisons": [self.compare(method) for method in self._compared()],
-        }
-
-    def as_markdown(self) -> str:
-        config = self.session.config
-        note = " (SYNTHETIC data)" if self.data.synthetic else ""
-        seeds = f"{config.seeds} seed{'s' if config.seeds > 1 else ''}"
-        parts = [
-            f"# Sentiment with missing modalities{note}\n",
-            self._provenance(),
-            f"## Test, mean over the {len(NAMES)} combinations of available modalities{note}\n",
-            self._main_table(),
-            _NOTES.format(seeds=seeds),
-            *(self.sentence(self.compare(method)) + "\n" for method in self._compared()),
-            f"## Test MAE per combination{note}\n",
-            self._combination_table("mae"),
-            f"## Test Acc-2 without zero labels, per combination{note}\n",
-            self._combination_table("acc2_non0"),
-        ]
-        if self.seen:
-            parts += [
-                f"## Gradients on the shared parameters, all training steps{note}\n",
-                self._gradient_table(),
-            ]
-        return "\n".join(parts)
-
-    def _provenance(self) -> str:
-        config, data = self.session.config, self.data
-        sizes = ", ".join(f"{name} {len(split)}" for name, split in data.splits.items())
-        source = "SYNTHETIC, generated" if data.synthetic else f"`{data.source}`"
-        versions = ", ".join(f"{name} {value}" for name, value in self.session.environment.items())
-        hyperparameters = ", ".join(
-            f"{field.name} {getattr(config, field.name)}"
-            for field in fields(config)
-            if field.name not in ("data", "methods", "seeds")
-        )
-        seconds = sum(one["result"]["seconds"] for one in self.session.done)
-        lines = [
-            f"Data: {source}; SHA-256 `{data.digest}`; utterances: {sizes}.",
-            f"Command: `{self.session.command}`",
-            f"Seeds: {', '.join(map(str, range(config.seeds)))}. {SELECTION}",
-            f"Hyperparameters: {hyperparameters}.",
-            f"Versions: {versions}.",
-            f"Training took {seconds:.0f} s in all (information only: the machine may be shared).",
-        ]
-        return "\n".join(f"- {line}" for line in lines) + "\n"
-
-    def _main_table(self) -> str:
-        columns = {**METRICS, "worst_mae": "Worst MAE"}
-        rows = [["train mean", *(f"{self._constant(name):.3f}" for name in columns)]]
-        for method in self.methods:
-            summaries = [run["summary"] for run in self.runs(method)]
-            cells = [results.format_spread([s[name] for s in summaries]) for name in columns]
-            rows.append([method, *cells])
-        return results.markdown_table(["method", *columns.values()], rows)
-
-    def _constant(self, name: str) -> float:
-        return self.constant["mae" if name == "worst_mae" else name]
-
-    def _combination_table(self, metric: str) -> str:
-        rows = []
-        for number, name in enumerate(NAMES):
-            columns = [self.scores(method, metric)[:, number] for method in self.methods]
-            rows.append([name, *(results.format_spread(column.tolist()) for column in columns)])
-        rows.append(["(train mean)", *([f"{self.constant[metric]:.3f}"] * len(self.methods))])
-        return results.markdown_table(["available", *self.methods], rows)
-
-    def _gradient_table(self) -> str:
-        rows = []
-        for method, seen in self.seen.items():
-            shares = np.nanmean(seen["shares"].reshape(-1, len(NAMES)), axis=0, where=True)
-            rows.append(
-                [
-                    method,
-                    f"{seen['conflicts'].mean():.1%}",
-                    f"{(seen['merged'] > 90).mean():.1%}",
-                    f"{np.median(seen['dominance']):.2f}",
-                    f"{seen['alignment'].mean():.4f}",
-                    f"{NAMES[int(np.nanargmax(shares))]} ({np.nanmax(shares):.0%})",
-                ]
-            )
-        header = [
-            "method",
-            "pairs in conflict",
-            "rows opposed by the merged update",
-            "largest dominance (median)",
-            "alignment with the plain sum",
-            "largest share",
-        ]
-        return results.markdown_table(header, rows)
-
-    def _compared(self) -> list[str]:
-        return [m for m in self.methods if m not in ("full", "sum") and "sum" in self.methods]
-
-    def compare(self, method: str) -> dict[str, Any]:
-        """Mean MAE of ``method`` less that of ``sum``, seed by seed; negative: better."""
-        pairs = zip(self.runs(method), self.runs("sum"), strict=True)
-        return compare(method, [a["summary"]["mae"] - b["summary"]["mae"] for a, b in pairs])
-
-    def sentence(self, comparison: Mapping[str, Any]) -> str:
-        mean, n = comparison["mean"], len(comparison["differences"])
-        start = f"{comparison['method']} against sum, mean MAE: {mean:+.4f}"
-        if comparison["interval"] is None:
-            return f"{start} with one seed; that says nothing about noise: run more seeds."
-        low, high = comparison["interval"]
-        if comparison["within_noise"]:
-            verdict = "within the noise between seeds, no difference is shown"
-        else:
-            verdict = (
-                f"{'better' if mean < 0 else 'worse'} beyond the noise between seeds; that the "
-                f"{len(self.data.splits['test'])} test utterances are themselves a sample is not "
-                "counted"
-            )
-        return (
-            f"{start} ± {comparison['std']:.4f} (paired over {n} seeds, 95% t interval "
-            f"{low:+.4f} to {high:+.4f}): {verdict}."
-        )
-
-
-def compare(method: str, differences: Sequence[float]) -> dict[str, Any]:
-    """Mean, sample std and 95% t interval of paired differences; None where one pair has none."""
-    mean, std = results.mean_and_std(differences)
-    interval, within = None, None
-    if std is not None:
-        quantile = float(student_t.ppf(0.975, len(differences) - 1))
-        half = quantile * std / math.sqrt(len(differences))
-        interval, within = [mean - half, mean + half], abs(mean) <= half
-    return {
-        "method": method,
-        "against": "sum",
-        "metric": "MAE, mean over combinations",
-        "differences": list(differences),
-        "mean": mean,
-        "std": std,
-        "interval": interval,
-        "within_noise": within,
-    }
-
-
-SELECTION = (
-    "Tested: the epoch with the lowest MAE on the validation split, mean over all combinations."
-)
-_NOTES = """\
-Mean ± sample standard deviation over {seeds}. MMSA's definitions: MAE and Corr on the
-unclipped score, Acc-7 on the score clipped to ±3 and rounded; "has 0": negative against
-non-negative; "non 0": negative against positive, zero labels left out; F1 weighted by class.
-Corr of a constant prediction is 0. Worst MAE: the combination with the highest. "train mean"
-predicts the mean label of train, whatever it is given.
-"""
-
-
-# --- pictures ------------------------------------------------------------------------------------
-
-
-def write_report(report: Report, folder: Path) -> str:
-    """Write everything, the result file last: a folder that has one is finished."""
-    seeds = report.session.config.seeds
-    over = f"mean ± sample std over {seeds} seeds" if seeds > 1 else "1 seed"
-    panels = {"mae": "MAE (lower is better)", "acc2_non0": "Acc-2, non 0 (higher is better)"}
-    draw_scores(
-        folder / "scores.png",
-        f"Test scores by available modalities, {report.label}\n({over})",
-        NAMES,
-        {
-            label: {method: report.scores(method, metric) for method in report.methods}
-            for metric, label in panels.items()
-        },
-        {label: ("train mean", report.constant[metric]) for metric, label in panels.items()},
-    )
-    if report.seen:
-        _draw_gradients(report, folder, over)
-    table = report.as_markdown()
-    results.write_text(folder / "table.md", table)
-    results.write_json(folder / RESULTS, report.as_json())
-    return table
-
-
-def _draw_gradients(report: Report, folder: Path, over: str) -> None:
-    def each(key: str) -> dict[str, Array]:
-        return {method: seen[key] for method, seen in report.seen.items()}
-
-    draw_angles(
-        folder / "angles.png",
-        f"Gradient angles on the shared parameters, {report.label}, all steps and seeds\n"
-        "A row is one combination's gradient. Top: as Fig. 3 of the GMD paper. "
-        "Bottom: above 90° the step goes against that row.",
-        each("pairs"),
-        each("merged"),
-    )
-    draw_curves(
-        folder / "dominance.png",
-        f"Gradients on the shared parameters over training, {report.label}\n(moving mean; {over})",
-        each("shares"),
-        NAMES,
-        {
-            "largest dominance of a pair": each("dominance"),
-            "share of pairs in conflict": each("conflicts"),
-            "alignment with the plain sum": each("alignment"),
-        },
     )
 
 
@@ -797,7 +418,7 @@ def _run(session: Session, data: SentimentData) -> int:
     try:
         session.save()  # from here on Ctrl-C loses at most an epoch
         session.train(data)
-        table = write_report(Report.of(session, data), session.folder)
+        table = write_report(session.report(data), session.folder)
     except KeyboardInterrupt:
         print(f"\ninterrupted; to continue:\n  {again}", file=sys.stderr)
         return 130
@@ -845,7 +466,7 @@ def _resume(parser: argparse.ArgumentParser, options: dict[str, Any]) -> Session
             "or start a new run"
         )
     if (folder / RESULTS).exists():
-        print(f"{folder} is already finished:\n\n{(folder / 'table.md').read_text('utf-8')}")
+        print(f"{folder} is already finished:\n\n{(folder / TABLE).read_text('utf-8')}")
         return None
     try:
         session = Session.load(folder)

@@ -11,7 +11,7 @@ latin-1 bytes, builds them itself, and refuses everything else by name.
 
 import hashlib
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -107,27 +107,30 @@ def load_file(path: Path, max_frames: int) -> SentimentData:
 def parse(raw: Any, *, source: str, digest: str, max_frames: int) -> SentimentData:
     """Check the layout, replace non-finite values, find lengths, shorten, standardise.
 
-    Takes ``raw`` over: its arrays may be changed in place (MOSEI's fill gigabytes).
+    Takes ``raw`` over: changes its arrays and lets go of each once it is read, as those of MOSEI
+    fill gigabytes.
     """
-    if not isinstance(raw, Mapping) or not set(SPLITS) <= set(raw):
-        found = sorted(map(str, raw)) if isinstance(raw, Mapping) else f"a {type(raw).__name__}"
+    if not isinstance(raw, dict) or not set(SPLITS) <= set(raw):
+        found = sorted(map(str, raw)) if isinstance(raw, dict) else f"a {type(raw).__name__}"
         raise ValueError(
             f"{source}: expected a dictionary with the keys {', '.join(SPLITS)}, got {found}; "
             "give a file in the layout of the MMSA toolkit"
         )
-    broken = [name for name in SPLITS if not isinstance(raw[name], Mapping)]
+    broken = [name for name in SPLITS if not isinstance(raw[name], dict)]
     if broken:
         raise ValueError(
             f"{source}: split {broken[0]!r}: expected a dictionary of arrays, "
             f"got a {type(raw[broken[0]]).__name__}; give a file in the layout of the MMSA toolkit"
         )
     readers = {name: _SplitReader(source, name, raw[name]) for name in SPLITS}
-    splits = {name: reader.read() for name, reader in readers.items()}
+    splits = {}
+    for name, reader in readers.items():
+        splits[name] = reader.read()
+        for modality in MODALITIES:
+            _shorten(modality, splits[name], max_frames)
     cleaning: dict[str, Any] = {name: reader.counts for name, reader in readers.items()}
     for modality in MODALITIES:
         _check_widths(source, modality, splits)
-        for split in splits.values():
-            _shorten(modality, split, max_frames)
         cleaning[f"constant_features_{modality}"] = _standardise(modality, splits)
     cleaning["max_frames"] = max_frames
     cleaning["standardised"] = (
@@ -140,7 +143,7 @@ def parse(raw: Any, *, source: str, digest: str, max_frames: int) -> SentimentDa
 class _SplitReader:
     """Reads one split; every error names the file, the split and the key."""
 
-    def __init__(self, source: str, split: str, raw: Mapping[str, Any]) -> None:
+    def __init__(self, source: str, split: str, raw: dict[str, Any]) -> None:
         self.source = source
         self.split = split
         self.raw = raw
@@ -163,7 +166,7 @@ class _SplitReader:
 
     def _labels(self) -> Array:
         key = "regression_labels"
-        labels = self._numbers(key).astype(np.float32)
+        labels = self._column(key).astype(np.float32)
         if labels.ndim != 1 or len(labels) == 0:
             self._fail(key, f"got shape {labels.shape}", "expected (N,) with N at least 1")
         if not np.isfinite(labels).all():
@@ -184,6 +187,7 @@ class _SplitReader:
             )
         with np.errstate(over="ignore"):  # beyond float32: becomes inf, replaced and counted
             array = np.require(array, np.float32, ["C", "W"])
+        self.raw[name] = None  # what was read is usually a copy: free the original
         bad = ~np.isfinite(array)
         array[bad] = 0.0
         self._count(name, "nonfinite_values", bad)
@@ -207,7 +211,7 @@ class _SplitReader:
         if key not in self.raw:
             aligned = array.shape[1] == text.shape[1]
             return text_lengths.copy() if aligned else _without_trailing_zeros(array)
-        lengths = self._numbers(key)
+        lengths = self._column(key)
         if lengths.shape != (len(array),):
             self._fail(key, f"got shape {lengths.shape}", f"expected ({len(array)},)")
         if not np.isfinite(lengths).all() or (lengths < 0).any() or (lengths % 1 != 0).any():
@@ -219,6 +223,11 @@ class _SplitReader:
         self._count(name, "empty_utterances", lengths < 1)
         self._count(name, "lengths_beyond_the_end", lengths > steps)
         return lengths.clip(1, steps)
+
+    def _column(self, key: str) -> Array:
+        """One number per utterance: (N,), or (N, 1) and (N, 1, 1) as other toolkits write it."""
+        array = self._numbers(key)
+        return array.reshape(-1) if array.ndim > 1 and array.size == len(array) else array
 
     def _numbers(self, key: str) -> Array:
         if key not in self.raw:
@@ -402,8 +411,13 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _unwrap(value: Any) -> Any:
+    """What the stand-in holds; a list or object array may hold one per utterance."""
     if isinstance(value, _Array):
-        return value.value
+        value = value.value
+    if isinstance(value, np.ndarray) and value.dtype == object:
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [each.value if isinstance(each, _Array) else each for each in value]
     return value
 
 

@@ -14,13 +14,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from numpy.testing import assert_allclose
 
 from benchmarks import results, sentiment
 from benchmarks.checkpoint import load_checkpoint, save_checkpoint
-from benchmarks.pictures import smooth
-from benchmarks.sentiment import Config, Training, diagnose, main, metrics, plain_sum
-from benchmarks.sentiment_data import MODALITIES, SentimentData, load_file, synthetic_layout
+from benchmarks.pictures import draw_curves, smooth
+from benchmarks.sentiment import Config, Training, main, plain_sum
+from benchmarks.sentiment_data import MODALITIES, SentimentData, Split, load_file, synthetic_layout
+from benchmarks.sentiment_report import (
+    COMBINATIONS,
+    METRICS,
+    NAMES,
+    Report,
+    compare,
+    diagnose,
+    merged_angles,
+    metrics,
+    summarise,
+)
 from gradsplit import Decoupling
 
 ROOT = Path(__file__).parents[1]
@@ -112,9 +124,9 @@ def test_a_perfect_prediction() -> None:
 
 
 def test_summary_means_over_combinations_and_finds_the_worst() -> None:
-    one = dict.fromkeys(sentiment.METRICS, 1.0)
+    one = dict.fromkeys(METRICS, 1.0)
     two = {**one, "mae": 3.0, "corr": 0.0}
-    found = sentiment.summarise({"text": one, "audio": two})
+    found = summarise({"text": one, "audio": two})
     assert (found["mae"], found["corr"], found["acc7"], found["worst_mae"]) == (2.0, 0.5, 1.0, 3.0)
 
 
@@ -126,7 +138,7 @@ def test_sum_takes_the_gradient_of_the_mean_loss(data: SentimentData) -> None:
     inputs, labels = data.splits["train"].batch(torch.arange(8))
 
     def losses() -> list[torch.Tensor]:
-        scores = training.model(inputs, combinations=sentiment.COMBINATIONS)
+        scores = training.model(inputs, combinations=COMBINATIONS)
         return [torch.nn.functional.l1_loss(scores[i], labels) for i in range(7)]
 
     (sum(losses(), torch.zeros(())) / 7).backward()
@@ -190,7 +202,7 @@ def test_full_trains_on_all_modalities_only(data: SentimentData) -> None:
     training = Training(small(combinations="singles"), data, "full", 0)
     training.train_epoch(Silent())
     assert training.records()["trained"].tolist() == [[0]] * 3
-    assert sentiment.NAMES[0] == "+".join(MODALITIES)
+    assert NAMES[0] == "+".join(MODALITIES)
 
 
 def test_the_epoch_with_the_best_validation_is_tested(data: SentimentData) -> None:
@@ -205,6 +217,22 @@ def test_the_epoch_with_the_best_validation_is_tested(data: SentimentData) -> No
     assert found["valid_mae"] == min(by_epoch)
     training.model.load_state_dict(weights[found["best_epoch"] - 1])
     assert found["test"] == sentiment.evaluate(training.model, data.splits["test"])
+
+
+@pytest.mark.parametrize("count", [1, 65])
+def test_a_remainder_of_one_utterance_is_evaluated(data: SentimentData, count: int) -> None:
+    model = Training(small(), data, "sum", 0).model
+    part = data.splits["test"]
+    index = torch.arange(count) % len(part)
+    split = Split(
+        {name: x[index] for name, x in part.features.items()},
+        {name: x[index] for name, x in part.lengths.items()},
+        part.labels[index],
+    )
+    found = sentiment.predict(model, split)
+    assert_allclose(found, sentiment.predict(model, part)[:, index.numpy()], rtol=1e-4, atol=1e-6)
+    assert all(np.isfinite(list(row.values())).all() for row in
+               sentiment.evaluate(model, split).values())  # fmt: skip
 
 
 def test_clipping_limits_the_merged_gradient(data: SentimentData) -> None:
@@ -226,13 +254,13 @@ def test_merged_angles_are_those_of_the_vectors() -> None:
     weights = torch.rand(4, dtype=torch.float64) + 1
     merged = weights @ rows
     cosine = torch.nn.functional.cosine_similarity(rows, merged[None])
-    found = sentiment.merged_angles(rows @ rows.T, weights)
+    found = merged_angles(rows @ rows.T, weights)
     torch.testing.assert_close(found, cosine.acos().rad2deg())
 
 
 def test_a_zero_row_is_at_right_angles() -> None:
     gramian = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
-    assert sentiment.merged_angles(gramian, torch.ones(2)).tolist() == [0.0, 90.0]
+    assert merged_angles(gramian, torch.ones(2)).tolist() == [0.0, 90.0]
 
 
 def test_diagnosis_is_what_the_optimizer_reports(data: SentimentData) -> None:
@@ -250,7 +278,7 @@ def test_diagnosis_is_what_the_optimizer_reports(data: SentimentData) -> None:
         others = report.dominance().fill_diagonal_(0)
         assert_allclose(seen["dominance"][number], others.max())
         shares = dict(zip(report.names, report.shares().tolist(), strict=True))
-        expected = [shares.get(name, np.nan) for name in sentiment.NAMES]
+        expected = [shares.get(name, np.nan) for name in NAMES]
         assert_allclose(seen["shares"][number], expected)
 
 
@@ -262,21 +290,32 @@ def test_smoothing_skips_what_is_missing_and_keeps_the_length() -> None:
     assert smooth(values, 4).shape == values.shape
 
 
+def test_the_band_of_a_cosine_ends_at_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tops: list[float] = []
+    monkeypatch.setattr(Axes, "fill_between", lambda *args, **_: tops.append(float(args[3].max())))
+    values = {"gmd": np.array([[1.0, 1.0], [0.8, 0.9]])}
+    shares = {"gmd": np.full((2, 2, 1), 1.0)}
+    curves = {"cosine": values, "free": values}
+    draw_curves(tmp_path / "x.png", "", shares, ["text"], curves, {"cosine": 1.0})
+    assert tops[0] == 1.0
+    assert tops[1] > 1.0
+
+
 # --- comparisons ---------------------------------------------------------------------------------
 
 
 def test_the_interval_of_paired_differences_by_hand() -> None:
-    found = sentiment.compare("gmd", [-0.1, -0.2, -0.3])
+    found = compare("gmd", [-0.1, -0.2, -0.3])
     assert_allclose(found["mean"], -0.2)
     assert_allclose(found["std"], 0.1)
     half = 4.302652729911275 * 0.1 / np.sqrt(3)  # Student's t, 2 degrees of freedom, 97.5%
     assert_allclose(found["interval"], [-0.2 - half, -0.2 + half])
     assert found["within_noise"] is True
-    assert sentiment.compare("gmd", [-0.2, -0.201, -0.202])["within_noise"] is False
+    assert compare("gmd", [-0.2, -0.201, -0.202])["within_noise"] is False
 
 
 def test_one_seed_says_nothing_about_noise() -> None:
-    found = sentiment.compare("gmd", [-0.1])
+    found = compare("gmd", [-0.1])
     assert (found["std"], found["interval"], found["within_noise"]) == (None, None, None)
 
 
@@ -413,11 +452,10 @@ def test_synthetic_results_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert json.loads((out / "results.json").read_text())["data"]["synthetic"] is True
 
 
-def test_pictures_say_what_data_they_show(data: SentimentData, tmp_path: Path) -> None:
+def test_pictures_say_what_data_they_show(data: SentimentData) -> None:
     def label(source: str) -> str:
         shown = SentimentData(data.splits, source, "0123456789abcdef", {})
-        session = sentiment.Session(tmp_path, small(), "", {}, "")
-        return sentiment.Report(session, shown, {}, {}).label
+        return Report(shown, {}, "", {}, [], {}, {}).label
 
     assert "SYNTHETIC" in label("synthetic")
     assert label("/data/mosi.pkl") == "mosi.pkl (SHA-256 0123456789ab)"

@@ -1,7 +1,9 @@
 """The MMSA layout: what is read, what is repaired and counted, and what is refused, and how."""
 
+import copy
 import os
 import pickle
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +144,36 @@ def test_other_dtypes_orders_and_kinds_of_array_are_read(tmp_path: Path, layout:
         assert_same(load_file(path, 50), read({s: dict(part) for s, part in layout.items()}))
 
 
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_one_array_per_utterance_is_read(tmp_path: Path, layout: Layout, protocol: int) -> None:
+    expected = read(copy.deepcopy(layout))
+    for part in layout.values():
+        part["text"] = list(part["text"])
+        audio = np.empty(3, object)
+        audio[:] = list(part["audio"])
+        part["audio"] = audio
+        part["audio_lengths"] = np.array(part["audio_lengths"], object)
+        part["vision_lengths"] = [np.array(2)] * 3
+    assert_same(load_file(write(tmp_path / "data.pkl", layout, protocol), 50), expected)
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (3, 1, 1)])
+def test_labels_and_lengths_may_be_columns(layout: Layout, shape: tuple[int, ...]) -> None:
+    expected = read(copy.deepcopy(layout))
+    for part in layout.values():
+        for key in ("regression_labels", "audio_lengths"):
+            part[key] = np.reshape(part[key], shape)
+    assert_same(read(layout), expected)
+
+
+def test_what_is_read_is_let_go(layout: Layout) -> None:
+    layout["train"]["text"].setflags(write=False)  # as unpickled: it has to be copied
+    original = weakref.ref(layout["train"]["text"])
+    data = read(layout)
+    assert original() is None
+    assert data.dims["text"] == 2
+
+
 def test_the_digest_is_that_of_the_file(tmp_path: Path, layout: Layout) -> None:
     import hashlib
 
@@ -187,13 +219,17 @@ def test_a_split_that_is_no_dictionary_is_refused(layout: Layout) -> None:
     [
         ("regression_labels", [1.0, np.nan, 0.0], "1 labels that are not finite"),
         ("regression_labels", [0.0, 0.0, 0.0], "all labels are 0"),
-        ("regression_labels", [[1.0], [2.0], [3.0]], r"got shape \(3, 1\); expected \(N,\)"),
+        ("regression_labels", np.ones((3, 2)), r"got shape \(3, 2\); expected \(N,\)"),
+        ("regression_labels", [1.0, None, 0.0], "got dtype object"),
         ("regression_labels", [], r"got shape \(0,\)"),
         ("regression_labels", ["a", "b", "c"], "expected an array of numbers"),
         ("text", np.ones((3, 4)), r"got shape \(3, 4\); expected \(3, time steps, features\)"),
         ("audio", np.ones((2, 5, 1)), r"got shape \(2, 5, 1\); expected \(3, time steps"),
         ("vision", np.ones((3, 0, 3)), r"got shape \(3, 0, 3\)"),
         ("vision", [[[1.0]], [[1.0], [2.0]], [[1.0]]], "not one array"),
+        ("audio", [np.ones((5, 1)), np.ones((4, 1)), np.ones((5, 1))], "not one array"),
+        ("audio", np.ones((3, 1)), r"got shape \(3, 1\); .* need a time axis of 1"),
+        ("audio_lengths", np.ones((3, 2)), r"got shape \(3, 2\); expected \(3,\)"),
         ("audio_lengths", [5, 5], r"got shape \(2,\); expected \(3,\)"),
         ("audio_lengths", [5, -1, 5], "no lengths"),
         ("vision_lengths", [1.5, 1, 1], "no lengths"),
