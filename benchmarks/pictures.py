@@ -193,7 +193,7 @@ def _draw_histogram(axis: Axes, values: Array, bins: Array, color: str, what: st
     axis.hist(values.ravel(), bins=bins.tolist(), weights=weights, color=color, alpha=0.85)
     axis.axvline(90, color=BLACK, linestyle=(0, (4, 3)), linewidth=1.2)
     axis.set_xlim(0, 180)
-    axis.set_xticks(range(0, 181, 30))
+    axis.set_xticks(range(30, 151, 30))  # labels of neighbouring panels must not touch
     axis.tick_params(labelbottom=True)
     beyond = 100 * float((values > 90).mean())
     axis.text(

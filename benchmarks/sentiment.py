@@ -21,6 +21,7 @@ exactly.
 import argparse
 import copy
 import datetime
+import io
 import math
 import shlex
 import sys
@@ -426,6 +427,8 @@ def _run(session: Session, data: SentimentData) -> int:
         print(f"benchmarks.sentiment: {error}", file=sys.stderr)
         return 1
     (session.folder / CHECKPOINT).unlink()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an ASCII terminal has no plus-minus sign
     print(table)
     print(f"written to {session.folder}")
     return 0

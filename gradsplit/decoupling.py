@@ -1,7 +1,6 @@
 """Decoupling: what one merge saw. Kept as tensors on the device; nothing waits for the host."""
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -75,13 +74,13 @@ class Decoupling:
 
     def conflicts(self) -> list[tuple[str, str]]:
         """Pairs of names with <g_j, g_k> < 0."""
-        conflicting = self._conflicting().tolist()
+        conflicting = (self._pairs(self.gramian) < 0).tolist()
         pairs = itertools.combinations(self.names, 2)
         return [pair for pair, conflict in zip(pairs, conflicting, strict=True) if conflict]
 
     def conflict_rate(self) -> float:
-        """Share of the m(m-1)/2 pairs that conflict; 0.0 for one row."""
-        return len(self.conflicts()) / max(1, math.comb(len(self.names), 2))
+        """Share of the m(m-1)/2 pairs that conflict; 0.0 for one row, NaN if a row has NaN."""
+        return float(self._conflict_rate())
 
     def alignment(self) -> float:
         """Cosine between the merged gradient and the plain sum of the rows, over the scope.
@@ -94,6 +93,8 @@ class Decoupling:
 
     def as_scalars(self, prefix: str = "gradsplit/") -> dict[str, float]:
         """A flat mapping for any logger: ``add_scalar``, Lightning's ``log_dict``, W&B.
+
+        With ``GradScaler``, losses and norms are those of the scaled losses; all else is a ratio.
 
         Per row: ``loss/NAME``, ``norm/NAME``, ``share/NAME``, ``weight/NAME``. Over all pairs:
         ``conflict_rate``, ``cosine_min``, ``dominance_max``, ``alignment``.
@@ -113,8 +114,7 @@ class Decoupling:
             dominance = torch.where(itself, 0.0, self.dominance())
             tensors += [pairs.min().reshape(1).double(), dominance.max().reshape(1).double()]
         keys += [f"{prefix}conflict_rate", f"{prefix}alignment"]
-        conflicts = self._conflicting().sum() / max(1, pairs.numel())
-        tensors += [conflicts.reshape(1).double(), self._alignment().reshape(1).double()]
+        tensors += [self._conflict_rate().reshape(1), self._alignment().reshape(1)]
         return dict(zip(keys, torch.cat(tensors).tolist(), strict=True))  # the one transfer
 
     def _alignment(self) -> Tensor:
@@ -127,8 +127,11 @@ class Decoupling:
         cosine = (inner / _nonzero(scale)).clamp(-1.0, 1.0)
         return torch.where((weights == 1).all(), 1.0, cosine)
 
-    def _conflicting(self) -> Tensor:
-        return self._pairs(self.gramian) < 0
+    def _conflict_rate(self) -> Tensor:
+        pairs = self._pairs(self.gramian).double()
+        # A comparison alone would call NaN "no conflict".
+        conflicts = torch.where(pairs.isnan(), pairs, (pairs < 0).double())
+        return conflicts.sum() / max(1, pairs.numel())
 
     def _pairs(self, matrix: Tensor) -> Tensor:
         """(m(m-1)/2,): the entries above the diagonal, row by row."""

@@ -191,7 +191,8 @@ class ModalityDecoupledOptimizer(Optimizer):
 
         Raises:
             RuntimeError: there are pending rows from :meth:`accumulate` that were never merged.
-            TypeError, ValueError: as :meth:`backward`; nothing was touched and no step taken.
+            TypeError, ValueError: as :meth:`backward`, and for a torch closure that returns several
+                losses; nothing was touched and no step taken.
 
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
         >>> opt = ModalityDecoupledOptimizer(SGD([weight], lr=0.1))
@@ -206,7 +207,13 @@ class ModalityDecoupledOptimizer(Optimizer):
 
             def checked() -> Any:
                 result = closure()
-                self._refuse_pending()  # before the base changes anything
+                # Both before the base changes anything.
+                self._refuse_pending()
+                if isinstance(result, Mapping | Sequence):
+                    raise TypeError(
+                        "closure returned several losses; step takes the losses themselves, or a "
+                        "mapping or sequence with one closure per loss"
+                    )
                 return result
 
             return self._base.step(checked)

@@ -58,9 +58,15 @@ def read_losses(losses: Losses) -> list[Entry]:
         )
     if not values:
         raise ValueError("losses is empty: give one loss per modality or combination")
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"losses has two entries named {twice!r}; names must be distinct")
+    seen: dict[frozenset[str], str] = {}
+    for name in names:
+        parts = frozenset(name.split("+"))  # the order in a combination means nothing
+        if parts in seen:
+            raise ValueError(
+                f"losses has two entries for one combination, {seen[parts]!r} and {name!r}; give "
+                "each combination once"
+            )
+        seen[parts] = name
     wheres = [f"loss {i} of {len(names)} ({name!r})" for i, name in enumerate(names, start=1)]
     entries = [Entry(*entry) for entry in zip(names, wheres, values, strict=True)]
     device: torch.device | None = None
@@ -221,8 +227,8 @@ class RowTaker:
                 if parameter in self._own:  # and not frozen or removed since
                     parameter.grad = gradient
         with _noted(
-            f"in the backward of {entry.where}; a closure must run its own forward: losses that "
-            "share one are given as tensors"
+            f"in the backward of {entry.where}; if its graph was freed: a loss can be used once, "
+            "and a closure must run its own forward (losses that share one are given as tensors)"
         ):
             torch.autograd.backward(loss, retain_graph=retain_graph)
         gradients = {}

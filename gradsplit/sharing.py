@@ -50,9 +50,14 @@ class ModalityNorm(nn.Module):
         eps: float = 1e-5,
     ) -> None:
         super().__init__()
+        if isinstance(modalities, str) or not isinstance(modalities, Iterable):
+            raise ValueError(
+                f"modalities must be one or more names, got {modalities!r}; the order is "
+                "ModalityNorm(modalities, channels)"
+            )
         names = tuple(modalities)
-        if not names or isinstance(modalities, str):
-            raise ValueError(f"modalities must be one or more names, got {modalities!r}")
+        if not names:
+            raise ValueError("modalities is empty; name at least one")
         for name in names:
             if "." in name or not name or hasattr(nn.ParameterDict, name):
                 raise ValueError(f"modalities: {name!r} cannot be the name of a parameter")

@@ -316,3 +316,10 @@ def test_cosines_of_tiny_and_huge_float32_rows(scale: float, conflicting: bool) 
     opt = ModalityDecoupledOptimizer(torch.optim.SGD([p], lr=1.0))
     report = opt.backward(linear_losses([p], [[row] for row in rows]))
     torch.testing.assert_close(report.cosine(), cosines(rows.double()), rtol=1e-6, atol=1e-6)
+
+
+def test_nan_in_a_row_is_not_reported_as_no_conflict() -> None:
+    gramian = torch.tensor([[1.0, float("nan")], [float("nan"), float("nan")]])
+    seen = Decoupling(("a", "b"), (), torch.ones(2), gramian, torch.ones(2))
+    assert math.isnan(seen.conflict_rate())
+    assert math.isnan(seen.as_scalars()["gradsplit/conflict_rate"])

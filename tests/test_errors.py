@@ -646,7 +646,7 @@ def test_exceptions_that_pass_through_say_which_loss_they_came_from() -> None:
     with pytest.raises(RuntimeError, match="second time") as again:
         opt.backward([lambda: shared.sum(), lambda: shared.square().sum()])
     if hasattr(again.value, "__notes__"):
-        assert "its own forward" in again.value.__notes__[0]
+        assert "run its own forward" in again.value.__notes__[0]
     assert p.grad is None
 
 
@@ -672,3 +672,19 @@ def test_a_torch_closure_that_leaves_rows_pending_takes_no_step() -> None:
     with pytest.raises(RuntimeError, match="pending"):
         opt.step(accumulating)
     assert p.tolist() == [1.0, 1.0]
+
+
+def test_a_torch_closure_that_returns_several_losses_is_refused() -> None:
+    """Otherwise the step would silently do nothing: nobody called backward."""
+    p = nn.Parameter(torch.ones(2))
+    opt = ModalityDecoupledOptimizer(torch.optim.SGD([p], lr=0.1))
+    with pytest.raises(TypeError, match="several losses"):
+        opt.step(lambda: {"text": p.sum(), "audio": p.sum()})
+    assert p.tolist() == [1.0, 1.0]
+
+
+def test_one_combination_in_two_orders_is_refused() -> None:
+    p = nn.Parameter(torch.ones(2))
+    opt = ModalityDecoupledOptimizer(torch.optim.SGD([p], lr=0.1))
+    with pytest.raises(ValueError, match=r"'a\+t' and 't\+a'"):
+        opt.backward({("a", "t"): p.sum(), ("t", "a"): p.sum()})

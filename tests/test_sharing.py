@@ -37,7 +37,7 @@ def test_modality_norm_reaches_only_its_own_affine() -> None:
     assert reached == {"weight.audio", "bias.audio"}
 
 
-@pytest.mark.parametrize("modalities", [(), "text", ("a.b",), ("",), ("keys",)])
+@pytest.mark.parametrize("modalities", [(), 16, "text", ("a.b",), ("",), ("keys",)])
 def test_modality_norm_refuses_names_that_no_parameter_can_have(modalities: object) -> None:
     with pytest.raises(ValueError, match="modalities"):
         ModalityNorm(modalities, 4)  # type: ignore[arg-type]
