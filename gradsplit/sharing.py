@@ -242,10 +242,8 @@ class _CombinationStack(Tensor):
                 stack, *rest = args
                 if func in _CONVERSIONS:
                     return stack_combinations([func(part, *rest, **kwargs) for part in stack.parts])
-                if func in (Tensor.unbind, torch.unbind) and (*rest, *kwargs.values()) in (
-                    (),
-                    (0,),
-                ):
+                dim = rest[0] if rest else kwargs.get("dim", 0)
+                if func in (Tensor.unbind, torch.unbind) and dim == 0:
                     return stack.parts
                 if func is Tensor.__iter__:
                     return iter(stack.parts)

@@ -170,6 +170,8 @@ def test_compute_is_proportional_to_what_is_available() -> None:
     everything = flops(model, inputs) - head
     all_seven = flops(model, inputs, combinations=COMBINATIONS) - 7 * head
     assert all_seven == everything, "seven combinations cost one pass"
+    single = flops(model, inputs, combinations=[("text",)]) - head
+    assert single == text_only, "what no combination asks for is not computed"
 
 
 def test_incomplete_samples_train_with_a_validity_mask() -> None:

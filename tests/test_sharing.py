@@ -216,3 +216,10 @@ def test_combinations_stay_apart_under_autocast_and_output_conversion() -> None:
         scores = stack_combinations([layer(one) for one in fused]).float()
     torch.autograd.backward(scores[0].sum())
     assert features["text"].grad is not None and features["audio"].grad is None
+
+
+def test_a_modality_that_no_sample_has_stays_out_of_the_graph() -> None:
+    features = {name: torch.randn(2, 3, requires_grad=True) for name in NAMES}
+    nobody_speaks = torch.tensor([[True, False, True], [False, False, True]])
+    torch.autograd.backward(fuse_available(features, nobody_speaks).sum())
+    assert features["audio"].grad is None and features["text"].grad is not None

@@ -98,6 +98,7 @@ def test_only_available_pairs_are_computed() -> None:
     one = flops(model, volume[:1], ("t1",))  # one pair
     assert one > 0
     assert flops(model, volume[:1], combinations=COMBINATIONS) == 4 * one
+    assert flops(model, volume[:1], combinations=[("t1", "t2"), ("t2",)]) == 2 * one
     assert flops(model, volume, ("t1", "flair")) == 4 * one
     available = torch.tensor([[True, False, False, False], [True, False, True, True]])
     assert flops(model, volume, available) == 4 * one
@@ -130,15 +131,24 @@ def test_private_levels_differ_between_modalities() -> None:
         assert not torch.equal(private(volume, ("t1",)), private(volume, ("t2",)))
 
 
-def test_checkpointing_changes_no_gradient() -> None:
-    plain, lean = small_model(), small_model(activation_checkpointing=True)
-    gradients = []
-    for model in (plain, lean):
+def test_checkpointing_keeps_less_and_changes_no_gradient() -> None:
+    gradients, kept = [], []
+    for checkpointing in (False, True):
+        model = small_model(activation_checkpointing=checkpointing)
         opt = ModalityDecoupledOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
-        logits = model(some_volume(1), combinations=COMBINATIONS[-5:])
+        storages: dict[int, int] = {}
+
+        def keep(tensor: Tensor, storages: dict[int, int] = storages) -> Tensor:
+            storages[tensor.data_ptr()] = tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            logits = model(some_volume(1), combinations=COMBINATIONS[-5:])
+        kept.append(sum(storages.values()))
         opt.backward([one.square().mean() for one in logits])
         gradients.append([p.grad for p in model.parameters()])
     torch.testing.assert_close(*gradients)
+    assert kept[1] < kept[0] / 2
 
 
 def test_autocast_and_channels_last() -> None:
