@@ -87,6 +87,21 @@ def test_many_combinations_equal_one_at_a_time_and_share_four_passes() -> None:
             torch.testing.assert_close(one, model(volume, combination))
 
 
+@pytest.mark.parametrize("private", [0, 1])
+def test_one_sample_without_gradients_is_what_training_computes(private: int) -> None:
+    """Without gradients the modalities of a single sample run as one batch."""
+    model, volume = small_model(private_encoder_levels=private), some_volume(1)
+    with torch.no_grad():
+        for parameter in model.parameters():  # else all affines are ones and zeros
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    combinations = [("flair", "t1"), ("t1ce",), NAMES]
+    trained = model(volume, combinations=combinations)
+    with torch.no_grad():
+        for arguments in ({}, {"available": torch.ones(1, 4, dtype=torch.bool)}):
+            inferred = model(volume, combinations=combinations, **arguments)
+            torch.testing.assert_close(inferred, trained.detach(), rtol=1e-4, atol=1e-5)
+
+
 def flops(model: DynamicSharingUNet3d, *arguments: Any, **named: Any) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(*arguments, **named)
