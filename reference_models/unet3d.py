@@ -12,6 +12,7 @@ features of absent modalities and computes them all the same.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -117,12 +118,32 @@ class DynamicSharingUNet3d(nn.Module):
         )
         self.head = nn.Conv3d(width, len(config.regions), 1)
 
+    @overload
     def forward(
         self,
         volume: Tensor | Mapping[str, Tensor],
         available: Tensor | Iterable[str] | None = None,
         combinations: Sequence[Iterable[str]] | None = None,
-    ) -> Tensor:
+        *,
+        return_valid: Literal[False] = False,
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self,
+        volume: Tensor | Mapping[str, Tensor],
+        available: Tensor | Iterable[str] | None = None,
+        combinations: Sequence[Iterable[str]] | None = None,
+        *,
+        return_valid: Literal[True],
+    ) -> tuple[Tensor, Tensor]: ...
+    def forward(
+        self,
+        volume: Tensor | Mapping[str, Tensor],
+        available: Tensor | Iterable[str] | None = None,
+        combinations: Sequence[Iterable[str]] | None = None,
+        *,
+        return_valid: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits, before the sigmoid of each region.
 
         Args:
@@ -132,6 +153,8 @@ class DynamicSharingUNet3d(nn.Module):
                 have. Only available (sample, modality) pairs are computed. Keep a mask on the CPU:
                 it decides what runs.
             combinations: tuples of names; all of them from one pass over the modalities they use.
+            return_valid: also return which outputs mean something, (B,) or (C, B) bool, instead of
+                raising where a sample has nothing available for a combination.
 
         Returns:
             (B, R, D, H, W); with combinations (C, B, R, D, H, W), where ``logits[c]`` has the graph
@@ -164,6 +187,8 @@ class DynamicSharingUNet3d(nn.Module):
                 column = self.config.modalities.index(name)
                 has = None if mask is None else mask[:, column]
                 logits[name] = self._available_branch(name, volumes[name], has)
+        if return_valid:
+            return fuse_available(logits, mask, combinations, return_valid=True)
         return fuse_available(logits, mask, combinations)
 
     def shared_parameters(self) -> list[nn.Parameter]:

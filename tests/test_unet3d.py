@@ -78,6 +78,20 @@ def test_fusion_is_the_mean_of_the_branches_of_each_sample() -> None:
         torch.testing.assert_close(fused[sample], mean, rtol=1e-4, atol=1e-5)
 
 
+def test_samples_with_nothing_for_a_combination_can_be_left_out() -> None:
+    model, volume = small_model(), some_volume()
+    available = torch.tensor([[True, False, False, False], [False, True, True, True]])
+    combinations = [("t1",), ("t1", "t2")]
+    with torch.no_grad():
+        logits, valid = model(volume, available, combinations, return_valid=True)
+        assert valid.tolist() == [[True, False], [True, True]]
+        torch.testing.assert_close(
+            logits[:, :1], model(volume[:1], ("t1",)).expand(2, 1, -1, -1, -1, -1)
+        )
+        with pytest.raises(ValueError, match="sample 1 has nothing available"):
+            model(volume, available, combinations)
+
+
 def test_many_combinations_equal_one_at_a_time_and_share_four_passes() -> None:
     model, volume = small_model(), some_volume(1)
     with torch.no_grad():
