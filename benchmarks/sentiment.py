@@ -227,7 +227,7 @@ class Training:
             "trained": torch.stack(self.trained),
         }
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self, save: Callable[[], None]) -> dict[str, Any]:
         return {"result": self.result(), "records": self.records()}
 
     def state_dict(self) -> dict[str, Any]:

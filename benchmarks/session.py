@@ -37,8 +37,11 @@ class Training(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from there, bit for bit."""
 
-    def finish(self) -> dict[str, Any]:
-        """What is kept of it: tensors and plain values; among them {"result": {...}}."""
+    def finish(self, save: Callable[[], None]) -> dict[str, Any]:
+        """Test it. Returns what is kept: tensors and plain values; among them {"result": {...}}.
+
+        ``save`` writes a checkpoint, for tests that take long.
+        """
 
 
 class Session:
@@ -46,7 +49,7 @@ class Session:
 
     Args:
         folder: where everything is written.
-        config: tensors and plain values: what decides the numbers.
+        config: plain values: what decides the numbers.
         command: the command line that began it.
         environment: versions, as :func:`benchmarks.results.environment` gives them.
         digest: of the data.
@@ -120,6 +123,8 @@ class Session:
     @classmethod
     def load(cls, folder: Path) -> "Session":
         """Raises OSError, ValueError as :func:`load_checkpoint`."""
+        for stale in folder.glob(f".{Path(CHECKPOINT).stem}-*"):
+            stale.unlink()  # of a run that was killed while it wrote
         content = load_checkpoint(folder / CHECKPOINT)
         session = cls(
             folder,
@@ -141,6 +146,10 @@ class Session:
             "current": self.current,
         }
         save_checkpoint(self.folder / CHECKPOINT, content)
+
+    def _save(self, training: Training) -> None:
+        self.current = training.state_dict()
+        self.save()
 
     def check_digest(self, parser: argparse.ArgumentParser, source: str, digest: str) -> None:
         """End the program where the data are not those that the run began with."""
@@ -193,10 +202,9 @@ class Session:
                     except Diverged as error:
                         where = f"{method}, seed {seed}, epoch {training.epoch + 1}"
                         raise Diverged(f"{where}: {error}; try a lower --lr") from None
-                    self.current = training.state_dict()
-                    self.save()
+                    self._save(training)
                     saved(training)
-                kept = training.finish()
+                kept = training.finish(lambda training=training: self._save(training))
                 self.done.append(kept)
                 self.current = None
                 self.save()
