@@ -82,7 +82,7 @@ from benchmarks.session import Diverged, Session
 
 __all__ = ["main"]
 
-PHANTOM_SIZE = (64, 64, 56)
+PHANTOM_SIZE = (52, 64, 49)
 PHANTOM_SEED = 0
 MEASURED_CROP = 48  # --check on a CPU measures a step of at most this crop, and scales it
 

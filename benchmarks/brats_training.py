@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import torch
 from monai.inferers.utils import sliding_window_inference
 from monai.losses.dice import DiceLoss
@@ -20,7 +21,8 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from benchmarks.brats_data import MODALITIES, BratsData, Case
-from benchmarks.brats_report import case_scores, hard_dice
+from benchmarks.brats_metrics import case_scores, hard_dice
+from benchmarks.brats_report import upright
 from benchmarks.brats_volumes import training_batches
 from benchmarks.checkpoint import load_checkpoint, save_checkpoint
 from benchmarks.methods import RULES, sampler_of
@@ -194,6 +196,9 @@ def released() -> Config:
                                                 epoch is tested
     seeds                1                      released code
     ===================  =====================  =================================================
+
+    The shell script published beside that code overrides two of them, with one crop per batch and
+    fewer combinations; ``--batch-size`` and ``--combinations`` follow whichever you compare with.
     """
     return Config(
         preset="released",
@@ -504,7 +509,7 @@ class Training:
                 continue
             logits = case_logits(self.model, sample, self.config)
             if case.name == shown:
-                slices = case_slices(sample, logits)
+                slices = case_slices(case, sample, logits)
             if case.name not in self.tested:
                 self.tested[case.name] = {
                     "+".join(combination): case_scores(
@@ -626,18 +631,22 @@ def shown_case(prepared: Prepared) -> str:
     return (complete or list(cases))[0].name
 
 
-def case_slices(sample: Sample, logits: Mapping[str, Tensor]) -> dict[str, Any]:
+def case_slices(case: Case, sample: Sample, logits: Mapping[str, Tensor]) -> dict[str, Any]:
     """The slice (along the last axis) in which the first region is largest, for the picture."""
     label = sample["label"]
     index = int(label[0].sum((0, 1)).argmax())
+    segmentation: Any = nibabel.load(case.segmentation)
+    affine = segmentation.affine
     combinations = [tuple(logits), *((name,) for name in logits)]
     return {
-        "case": sample["name"],
+        "case": case.name,
         "index": index,
-        "volumes": sample["volume"][..., index].clone(),
-        "truth": label[..., index].clone(),
+        "volumes": upright(sample["volume"][..., index], affine),
+        "truth": upright(label[..., index], affine),
         "predictions": {
-            "+".join(combination): (mean_of(logits, combination)[..., index] > 0).byte()
+            "+".join(combination): upright(
+                (mean_of(logits, combination)[..., index] > 0).byte(), affine
+            )
             for combination in combinations
         },
     }

@@ -175,6 +175,7 @@ def draw_gradients(
     names: Sequence[str],
     label: str,
     over: str,
+    scope: str = "the shared parameters",
 ) -> None:
     """Write angles.png and dominance.png.
 
@@ -184,6 +185,7 @@ def draw_gradients(
         names: of the combinations.
         label: what the data are, for the titles.
         over: what the means are over, for the titles.
+        scope: what the Gramians were measured on, for the titles.
     """
 
     def each(key: str) -> dict[str, Array]:
@@ -191,7 +193,7 @@ def draw_gradients(
 
     draw_angles(
         folder / "angles.png",
-        f"Gradient angles on the shared parameters, {label}, all steps and seeds\n"
+        f"Gradient angles on {scope}, {label}, all steps and seeds\n"
         "A row is one combination's gradient. Top: as Fig. 3 of the GMD paper. "
         "Bottom: above 90° the step goes against that row.",
         each("pairs"),
@@ -199,7 +201,7 @@ def draw_gradients(
     )
     draw_curves(
         folder / "dominance.png",
-        f"Gradients on the shared parameters over training, {label}\n(moving mean; {over})",
+        f"Gradients on {scope} over training, {label}\n(moving mean; {over})",
         each("shares"),
         names,
         {

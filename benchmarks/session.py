@@ -4,6 +4,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -204,7 +205,7 @@ class Session:
                         raise Diverged(f"{where}: {error}; try a lower --lr") from None
                     self._save(training)
                     saved(training)
-                kept = training.finish(lambda training=training: self._save(training))
+                kept = training.finish(partial(self._save, training))
                 self.done.append(kept)
                 self.current = None
                 self.save()
