@@ -84,6 +84,7 @@ __all__ = ["main"]
 
 PHANTOM_SIZE = (52, 64, 49)
 PHANTOM_SEED = 0
+FOLDS = 5
 MEASURED_CROP = 48  # --check on a CPU measures a step of at most this crop, and scales it
 
 
@@ -280,7 +281,9 @@ def _prepare(parser: argparse.ArgumentParser, config: Config) -> Prepared:
 
 def _split(data: BratsData, config: Config) -> dict[str, Any]:
     if config.split == "folds":
-        return split_cases(data, seed=0, folds=config.folds, fold=config.fold)
+        patients = len({case.patient for case in data.cases})
+        folds = min(FOLDS, max(patients, 3)) if config.folds is None else config.folds
+        return split_cases(data, seed=0, folds=folds, fold=config.fold)
     if config.split == "acn":
         return acn_split(data)
     return read_split(data, Path(config.split))
@@ -430,7 +433,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--normalisation", str, "of each volume", choices=list(NORMALISATIONS))
     add("--split", _split_argument, "folds, acn (the released protocol), or a JSON file of names",
         metavar="SPLIT")  # fmt: skip
-    add("--folds", positive_int, "of --split folds", metavar="N")
+    parser.add_argument(
+        "--folds", type=positive_int, metavar="N",
+        help=f"of --split folds (default: {FOLDS}, or one per patient where there are fewer)",
+    )  # fmt: skip
     add("--fold", whole, "the one that is tested; the next one validates", metavar="N")
     add("--cache", str, "where normalised volumes are kept", choices=list(CACHES))
     add("--cache-folder", absolute, "for phantoms and --cache disk", metavar="FOLDER")
