@@ -27,6 +27,7 @@ import argparse
 import dataclasses
 import datetime
 import io
+import itertools
 import json
 import math
 import os
@@ -74,11 +75,12 @@ from benchmarks.brats_training import (
     case_logits,
     load_model,
     mean_of,
+    model_config,
     model_file,
 )
 from benchmarks.brats_volumes import CACHES, NORMALISATIONS, make_dataset, training_batches
 from benchmarks.methods import RULES
-from benchmarks.session import Diverged, Session
+from benchmarks.session import Diverged, Session, check_digest
 
 __all__ = ["main"]
 
@@ -104,9 +106,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted = options.pop("out", Path("results") / f"brats-{datetime.date.today()}")
     config = dataclasses.replace(PRESETS[options.get("preset", "quick")](), **options)
     torch.set_num_threads(config.threads)  # sums depend on how they are split
+    try:
+        model_config(config, ["any"])
+    except ValueError as error:
+        name = str(error).split()[0].replace("_", "-")
+        parser.error(f"argument --{name}: {error}")
     prepared = _prepare(parser, config)
     if check:
-        print(_checked(config, prepared))
+        try:
+            print(_checked(config, prepared))
+        except Diverged as error:
+            print(f"benchmarks.brats: {error}; try a lower --lr", file=sys.stderr)
+            return 1
         return 0
     command = shlex.join(["python", "-m", "benchmarks.brats", *arguments])
     environment, digest = _versions(), prepared.data.digest
@@ -123,19 +134,27 @@ def _resume(
             print(f"{folder} is already finished:\n\n{table}")
             return 0
         content = json.loads((folder / results.RESULTS).read_text("utf-8"))
-        config = _config_of(content["config"])
-        torch.set_num_threads(config.threads)
-        _predict(folder, config, _prepare(parser, config), predict)
+        config = _config_of(parser, content["config"])
+        prepared = _prepare(parser, config)
+        # With folds, other cases would be divided otherwise: training cases might be tested.
+        digest: str = content["data"]["sha256"]
+        check_digest(parser, prepared.data.source, prepared.data.digest, digest)
+        _predict(folder, config, prepared, predict)
         return 0
     session = Session.resume(parser, folder, given, _versions())
-    config = _config_of(session.config)
-    torch.set_num_threads(config.threads)
+    config = _config_of(parser, session.config)
     prepared = _prepare(parser, config)
-    session.check_digest(parser, prepared.data.source, prepared.data.digest)
+    check_digest(parser, prepared.data.source, prepared.data.digest, session.digest)
     return _run(session, config, prepared, predict)
 
 
-def _config_of(content: Mapping[str, Any]) -> Config:
+def _config_of(parser: argparse.ArgumentParser, content: Mapping[str, Any]) -> Config:
+    """The configuration that a run began with."""
+    try:
+        _device(content["device"])
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"argument --resume: the run began on {content['device']}: {error}")
+    torch.set_num_threads(content["threads"])
     return Config(**{**content, "methods": tuple(content["methods"])})  # JSON has no tuples
 
 
@@ -163,16 +182,16 @@ def _run(session: Session, config: Config, prepared: Prepared, predict: Path | N
             done=session.done,
         )
         table = write_report(report, session.folder)
+        session.close()
         if predict is not None:
             _predict(session.folder, config, prepared, predict)
     except KeyboardInterrupt:
-        again = session.how_to_continue("benchmarks.brats")
+        again = session.how_to_continue(*([] if predict is None else ["--predict", str(predict)]))
         print(f"\ninterrupted; to continue:\n  {again}", file=sys.stderr)
         return 130
     except Diverged as error:
         print(f"benchmarks.brats: {error}", file=sys.stderr)
         return 1
-    session.close()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # an ASCII terminal has no circles
     print(table)
@@ -261,6 +280,9 @@ def _prepare(parser: argparse.ArgumentParser, config: Config) -> Prepared:
         for name in ("train", "test"):
             if not split[name]:
                 raise ValueError(f"no case in {name}; this benchmark needs some")
+        complete = any(len(case.files) == len(MODALITIES) for case in split["train"])
+        if "full" in config.methods and not complete:
+            raise ValueError("no training case has all modalities: leave the method full out")
         source = "--cache"
         datasets = {
             name: make_dataset(
@@ -350,20 +372,25 @@ def _measured_step(training: Training, prepared: Prepared, config: Config) -> tu
         prepared.datasets["train"],
         crop=config.crop, batch_size=config.batch_size, seed=0, epoch=0,
     )  # fmt: skip
-    batch = next(iter(batches))
+    # With incomplete cases, a batch may have nothing of what is drawn.
+    batch = next(batch for batch in itertools.cycle(batches) if training.step([batch]) is not None)
     storages: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
+    names = list(itertools.compress(MODALITIES, batch["available"].any(0).tolist()))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        training.losses(batch, training.sampler(), 1)
-    kept = sum(storages.values())
-    training.step([batch])  # the first one also sets up
-    started = time.perf_counter()
-    training.step([batch] * config.accumulate)  # reads the loss: the device has finished
-    return kept, time.perf_counter() - started
+        training.losses(batch, [(name,) for name in names], 1)
+    seconds = None
+    while seconds is None:
+        started = time.perf_counter()
+        if (
+            training.step([batch] * config.accumulate) is not None
+        ):  # it reads the loss, so it is done
+            seconds = time.perf_counter() - started
+    return sum(storages.values()), seconds
 
 
 def _measured_windows(

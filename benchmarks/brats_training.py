@@ -8,6 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ __all__ = [
     "case_logits",
     "load_model",
     "mean_of",
+    "model_config",
     "model_file",
     "paper",
     "quick",
@@ -268,6 +270,19 @@ def autocast(config: Config) -> torch.autocast:
     return torch.autocast(device, AMP[config.amp] or torch.bfloat16, config.amp != "off")
 
 
+def convolutions(config: Config) -> AbstractContextManager[None]:
+    """Within this block convolutions can be trusted.
+
+    On CPUs that know bfloat16, oneDNN's gradient of a conv3d's weight reads memory that nobody has
+    written where the volume is 2 voxels deep (torch 2.13). With crops of up to 32 the network has
+    such a level: there torch's own convolutions run, which are slower.
+    """
+    if config.amp == "bf16" and torch.device(config.device).type == "cpu" and config.crop <= 32:
+        unknown: AbstractContextManager[None] = torch.backends.mkldnn.flags(enabled=False)
+        return unknown
+    return nullcontext()
+
+
 # --- inference -----------------------------------------------------------------------------------
 
 
@@ -275,11 +290,11 @@ def autocast(config: Config) -> torch.autocast:
 def case_logits(model: DynamicSharingUNet3d, sample: Sample, config: Config) -> dict[str, Tensor]:
     """Logits of a whole case from each modality it has, at its own resolution.
 
-    Windows of the training crop's size slide over the box that holds all nonzero voxels of any
-    modality (the brain); outside of it nothing is predicted: the logit there is -inf. The network
-    fuses modalities by the mean of their logits, and windows are blended linearly: the mean of what
-    is returned here over a combination is the network's output for it. So one pass over the
-    available modalities serves all combinations.
+    Windows of the training crop's size slide over the box that holds all nonzero voxels of the
+    available modalities (the brain); outside of it nothing is predicted: the logit there is -inf.
+    The network fuses modalities by the mean of their logits, and windows are blended linearly: the
+    mean of what is returned here over a combination is the network's output for it. So one pass
+    over the available modalities serves all combinations.
 
     Args:
         model: on the device of ``config``, in whatever mode.
@@ -288,11 +303,15 @@ def case_logits(model: DynamicSharingUNet3d, sample: Sample, config: Config) -> 
 
     Returns:
         modality -> (R, D, H, W) float32 on the CPU, available modalities only.
+
+    Raises:
+        Diverged: there is NaN among them.
     """
     volume, available = sample["volume"], sample["available"].tolist()
     names = list(itertools.compress(MODALITIES, available))
-    box = _foreground(volume)
-    inside = volume[(torch.tensor(available), *box)].contiguous()[None]  # (1, A, d, h, w)
+    there = volume[torch.tensor(available)]
+    box = _foreground(there)
+    inside = there[(slice(None), *box)].contiguous()[None]  # (1, A, d, h, w)
 
     def branches(windows: Tensor) -> Tensor:  # (b, A, c, c, c) -> (b, A * R, c, c, c)
         parts = dict(zip(names, windows.split(1, dim=1), strict=True))
@@ -311,6 +330,8 @@ def case_logits(model: DynamicSharingUNet3d, sample: Sample, config: Config) -> 
         device="cpu",
     )
     assert isinstance(stitched, Tensor)
+    if bool(stitched.isnan().any()):
+        raise Diverged("a score is not a finite number")
     parts = stitched[0].unflatten(0, (len(names), -1))  # (A, R, d, h, w)
     logits = {}
     for name, part in zip(names, parts, strict=True):
@@ -396,26 +417,40 @@ class Training:
         losses = []
         self.model.train()
         for window in _windows(iter(batches), self.config.accumulate):
-            losses.append(self.step(window))
-            if not progress.disable:
-                report = self.optimizer.last
-                assert report is not None
+            loss = self.step(window)
+            if loss is not None:
+                losses.append(loss)
+            report = self.optimizer.last
+            if losses and report is not None and not progress.disable:
                 conflicts = f"{report.conflict_rate():.0%}"
                 progress.set_postfix(loss=f"{losses[-1]:.3f}", conflicts=conflicts, refresh=False)
             progress.update(sum(len(batch["name"]) for batch in window))
         self.epoch += 1
         self.history.append(
             {
-                "train_loss": math.fsum(losses) / len(losses),
+                "train_loss": math.fsum(losses) / len(losses) if losses else None,
                 "lr": self.optimizer.param_groups[0]["lr"],
                 "valid_dice": self._validate(),
             }
         )
         self.seconds += time.perf_counter() - started
 
-    def step(self, window: Sequence[Sample]) -> float:
-        """One optimizer step over some micro-batches; returns the mean loss."""
+    def step(self, window: Sequence[Sample]) -> float | None:
+        """One optimizer step over some micro-batches; returns the mean loss.
+
+        Micro-batches in which no case has all modalities of any combination drawn are passed over;
+        None where that leaves nothing.
+        """
         combinations = self.sampler()
+        window = [batch for batch in window if _any_possible(batch, combinations)]
+        loss = None
+        if window:
+            with convolutions(self.config):
+                loss = self._step(window, combinations)
+        self.schedule.step()
+        return loss
+
+    def _step(self, window: Sequence[Sample], combinations: Sequence[Combination]) -> float:
         self.optimizer.zero_grad()
         for batch in window[:-1]:
             self.optimizer.accumulate(self.losses(batch, combinations, len(window)))
@@ -426,7 +461,6 @@ class Training:
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.schedule.step()
         mean = float(report.losses.mean()) / scale
         if not math.isfinite(mean):
             raise Diverged("the loss is not a finite number")
@@ -445,21 +479,18 @@ class Training:
         volume = batch["volume"].to(self.device, non_blocking=True)
         label = batch["label"].to(self.device, non_blocking=True)
         available: Tensor = batch["available"]  # on the CPU: it decides what runs
-        complete = bool(available.all())
+        has = {combination: _having(batch, combination) for combination in combinations}
+        possible = [combination for combination in combinations if has[combination].any()]
         with autocast(self.config):
             logits, _ = self.model(
-                volume, None if complete else available, combinations, return_valid=True
+                volume, None if available.all() else available, possible, return_valid=True
             )  # (C, B, R, D, H, W)
-        losses: dict[str | Combination, Tensor | None] = {}
-        for number, combination in enumerate(combinations):
-            columns = [MODALITIES.index(name) for name in combination]
-            has = available[:, columns].all(1)
-            if not has.any():
-                losses[combination] = None
-                continue
-            one, target = logits[number], label
-            if not has.all():
-                one, target = one[has.to(one.device)], label[has.to(label.device)]
+        losses: dict[str | Combination, Tensor | None] = dict.fromkeys(combinations)
+        for one, combination in zip(logits, possible, strict=True):
+            target = label
+            if not has[combination].all():
+                rows = has[combination].to(label.device)
+                one, target = one[rows], label[rows]
             loss = segmentation_loss(self.config.loss, one, target) / micro_batches
             losses[combination] = self.scaler.scale(loss)
         return losses
@@ -501,14 +532,16 @@ class Training:
     def finish(self, save: Callable[[], None]) -> dict[str, Any]:
         """Test the best model on every case and combination; ``save`` is called after each case."""
         started = time.perf_counter()
-        self.model.load_state_dict(self.best_model)
+        best = DynamicSharingUNet3d(self.model.config)  # the last one stays in the checkpoint
+        best.load_state_dict(self.best_model)
+        best.to(self.device).eval()
         slices: dict[str, Any] = {}
         shown = shown_case(self.prepared)
         regions = list(self.prepared.data.regions)
         for case, sample in zip(self.prepared.split["test"], self._samples("test"), strict=True):
             if case.name in self.tested and case.name != shown:
                 continue
-            logits = case_logits(self.model, sample, self.config)
+            logits = case_logits(best, sample, self.config)
             if case.name == shown:
                 slices = case_slices(case, sample, logits)
             if case.name not in self.tested:
@@ -541,6 +574,9 @@ class Training:
         Of merges in which some combination had no sample, which may be with incomplete cases, the
         missing rows are NaN and their combination is -1.
         """
+        if not self.weights:  # every step was skipped
+            nothing = torch.empty(0, 0)
+            return {"gramians": nothing[..., None], "weights": nothing, "trained": nothing.long()}
         m = max(len(row) for row in self.weights)
         return {
             "gramians": torch.stack([_padded(one, m, math.nan) for one in self.gramians]),
@@ -656,6 +692,17 @@ def case_slices(case: Case, sample: Sample, logits: Mapping[str, Tensor]) -> dic
 def _of(logits: Mapping[str, Tensor]) -> list[Combination]:
     """The combinations that a case with these modalities has."""
     return [combination for combination in COMBINATIONS if set(combination) <= set(logits)]
+
+
+def _having(batch: Sample, combination: Combination) -> Tensor:
+    """(B,) bool: the samples that have all modalities of the combination."""
+    columns = [MODALITIES.index(name) for name in combination]
+    having: Tensor = batch["available"][:, columns].all(1)
+    return having
+
+
+def _any_possible(batch: Sample, combinations: Sequence[Combination]) -> bool:
+    return any(bool(_having(batch, combination).any()) for combination in combinations)
 
 
 def _padded(tensor: Tensor, m: int, value: float) -> Tensor:

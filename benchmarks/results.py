@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,7 @@ __all__ = [
     "markdown_table",
     "mean_and_std",
     "new_folder",
+    "remove_stale",
     "write_json",
     "write_text",
 ]
@@ -48,6 +50,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_stale(folder: Path) -> None:
+    """Delete what :func:`atomic_path` leaves in ``folder`` when its process is killed."""
+    for path in folder.glob(".*-*.*"):
+        if re.fullmatch(r"[.].+-[0-9]+[.](pt|json|md|png)", path.name):
+            path.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -57,7 +57,7 @@ from benchmarks.sentiment_report import (
     summarise,
     write_report,
 )
-from benchmarks.session import Diverged, Session
+from benchmarks.session import Diverged, Session, check_digest
 from gradsplit import ModalityDecoupledOptimizer
 from reference_models.sentiment_transformer import SentimentTransformer, SentimentTransformerConfig
 
@@ -292,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     session = Session.resume(parser, folder, options, _versions())
     data = _load_data(parser, Config(**session.config))
-    session.check_digest(parser, data.source, data.digest)
+    check_digest(parser, data.source, data.digest, session.digest)
     return _run(session, data)
 
 
@@ -319,7 +319,7 @@ def _run(session: Session, data: SentimentData) -> int:
         )
         table = write_report(report, session.folder)
     except KeyboardInterrupt:
-        again = session.how_to_continue("benchmarks.sentiment")
+        again = session.how_to_continue()
         print(f"\ninterrupted; to continue:\n  {again}", file=sys.stderr)
         return 130
     except Diverged as error:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from benchmarks import results
 from benchmarks.checkpoint import load_checkpoint, save_checkpoint
 
-__all__ = ["CHECKPOINT", "Diverged", "Session", "Training"]
+__all__ = ["CHECKPOINT", "Diverged", "Session", "Training", "check_digest"]
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -50,6 +50,7 @@ class Session:
 
     Args:
         folder: where everything is written.
+        benchmark: whose run it is, "python -m benchmarks.NAME".
         config: plain values: what decides the numbers.
         command: the command line that began it.
         environment: versions, as :func:`benchmarks.results.environment` gives them.
@@ -59,12 +60,14 @@ class Session:
     def __init__(
         self,
         folder: Path,
+        benchmark: str,
         config: Mapping[str, Any],
         command: str,
         environment: dict[str, str],
         digest: str,
     ) -> None:
         self.folder = folder
+        self.benchmark = benchmark
         self.config = dict(config)
         self.command = command
         self.environment = environment
@@ -89,7 +92,7 @@ class Session:
             parser.error(f"argument --out: cannot create {wanted}: {error.strerror}")
         if folder != wanted:
             print(f"{wanted} holds another run; writing to {folder}", file=sys.stderr)
-        return cls(folder, config, command, environment, digest)
+        return cls(folder, parser.prog, config, command, environment, digest)
 
     @classmethod
     def resume(
@@ -112,6 +115,8 @@ class Session:
             parser.error(f"argument --resume: {folder} holds no {CHECKPOINT} of an interrupted run")
         except ValueError as error:
             parser.error(f"argument --resume: {error}")
+        if session.benchmark != parser.prog:
+            parser.error(f"argument --resume: {folder} holds a run of {session.benchmark}")
         for name, version in environment.items():
             if session.environment.get(name) != version:
                 print(
@@ -124,11 +129,13 @@ class Session:
     @classmethod
     def load(cls, folder: Path) -> "Session":
         """Raises OSError, ValueError as :func:`load_checkpoint`."""
-        for stale in folder.glob(f".{Path(CHECKPOINT).stem}-*"):
-            stale.unlink()  # of a run that was killed while it wrote
+        results.remove_stale(folder)  # of a run that was killed while it wrote
         content = load_checkpoint(folder / CHECKPOINT)
+        if "benchmark" not in content:
+            raise ValueError(f"{folder / CHECKPOINT}: not a checkpoint of a run; start again")
         session = cls(
             folder,
+            content["benchmark"],
             content["config"],
             content["command"],
             content["environment"],
@@ -139,6 +146,7 @@ class Session:
 
     def save(self) -> None:
         content = {
+            "benchmark": self.benchmark,
             "config": self.config,
             "command": self.command,
             "environment": self.environment,
@@ -151,14 +159,6 @@ class Session:
     def _save(self, training: Training) -> None:
         self.current = training.state_dict()
         self.save()
-
-    def check_digest(self, parser: argparse.ArgumentParser, source: str, digest: str) -> None:
-        """End the program where the data are not those that the run began with."""
-        if self.digest != digest:
-            parser.error(
-                f"argument --resume: the data has changed since the run began: {source} has "
-                f"SHA-256 {digest}, the checkpoint says {self.digest}; put the old data back"
-            )
 
     def train(
         self,
@@ -196,26 +196,39 @@ class Session:
                 training = begin(method, seed)
                 if self.current is not None:
                     training.load_state_dict(self.current)
+                    saved(training)  # the kill may have come before
                     progress.update(training.epoch * epoch_length)
-                while training.epoch < epochs:
-                    try:
+                epoch = training.epoch
+                try:
+                    while training.epoch < epochs:
+                        epoch = training.epoch + 1
                         training.train_epoch(progress)
-                    except Diverged as error:
-                        where = f"{method}, seed {seed}, epoch {training.epoch + 1}"
-                        raise Diverged(f"{where}: {error}; try a lower --lr") from None
-                    self._save(training)
-                    saved(training)
-                kept = training.finish(partial(self._save, training))
+                        self._save(training)
+                        saved(training)
+                    kept = training.finish(partial(self._save, training))
+                except Diverged as error:
+                    where = f"{method}, seed {seed}, epoch {epoch}"
+                    raise Diverged(f"{where}: {error}; try a lower --lr") from None
                 self.done.append(kept)
                 self.current = None
                 self.save()
                 said = f"[{number}/{len(plan)}] {line(kept['result'])}"
                 progress.write(said, file=sys.stderr)
 
-    def how_to_continue(self, module: str) -> str:
-        """The command that resumes."""
-        return shlex.join([sys.executable, "-m", module, "--resume", str(self.folder)])
+    def how_to_continue(self, *options: str) -> str:
+        """The command that resumes, with ``options`` that are given anew."""
+        module = self.benchmark.split()[1:]
+        return shlex.join([sys.executable, *module, "--resume", str(self.folder), *options])
 
     def close(self) -> None:
         """Everything is written: the checkpoint is not needed any more."""
         (self.folder / CHECKPOINT).unlink()
+
+
+def check_digest(parser: argparse.ArgumentParser, source: str, found: str, expected: str) -> None:
+    """End the program where the data in ``source`` are not those that the run began with."""
+    if found != expected:
+        parser.error(
+            f"argument --resume: the data has changed since the run began: {source} has SHA-256 "
+            f"{found}, the run says {expected}; put the old data back"
+        )
