@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.optim import LBFGS, SGD, Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from gradsplit import rules
+from gradsplit import kernels, rules
 from gradsplit.decoupling import Decoupling, join_losses
-from gradsplit.gramian import gramian, merge
+from gradsplit.gramian import check_fused, gramian, merge
 from gradsplit.rows import Losses, Row, RowTaker, add_gradients, check_parameters, read_losses
 
 __all__ = ["ModalityDecoupledOptimizer"]
@@ -64,15 +64,20 @@ class ModalityDecoupledOptimizer(Optimizer):
             ``"released"`` (the released code) divides by m on the parameters that every loss
             reaches, whatever the scope, and not on the others.
         seed: for ``"pcgrad"``, whose order is drawn from the seed and the number of merges so
-            far: the same on every rank, and after a resume.
+            far: the same on every rank and every device, and after a resume.
+        fused: whether Triton kernels measure and merge, in one launch each per dtype. None: where
+            gradients are on a CUDA device, float32, bfloat16 or float16, there are at most 64
+            losses and Triton is installed. True: everywhere, or an error. False: nowhere. The
+            results agree to rounding.
 
-    A loss *reaches* a parameter when autograd says so: its gradient is not None. Parameters that
-    no loss reaches keep ``.grad`` as it was; frozen parameters are ignored. Gradients are taken
-    with one backward per loss, so tensor hooks fire once per loss. Losses that share a graph need
-    no ``retain_graph``. Dot products and the merge are computed in float64 whatever the dtype of
-    the gradients. NaN and inf in a gradient reach ``.grad`` and are never dropped, so that
-    ``torch.amp.GradScaler`` sees them. Memory for gradients peaks at m + 1 times the parameters,
-    and nothing waits for the host until a report is read.
+    A loss *reaches* a parameter when autograd says so: its gradient is not None. Parameters that no
+    loss reaches keep ``.grad`` as it was; frozen parameters are ignored. Gradients are taken with
+    one backward per loss, so tensor hooks fire once per loss. Losses that share a graph need no
+    ``retain_graph``. Dot products are accurate to 1e-6 of the product of the two norms or better,
+    and in float64 for float64 gradients, however small or large the gradients are; the merged
+    gradient is rounded to their dtype last. NaN and inf in a gradient reach ``.grad`` and are never
+    dropped, so that ``torch.amp.GradScaler`` sees them. Memory for gradients peaks at m + 1 times
+    the parameters, and nothing waits for the host until a report is read.
 
     Hooks registered on this optimizer or on the base fire once per step. torch's global optimizer
     hooks fire for both objects, twice per step. Hooks are not copied by deepcopy or pickle, as
@@ -83,6 +88,7 @@ class ModalityDecoupledOptimizer(Optimizer):
             the wrong type, or ``rule`` does not take exactly one argument.
         ValueError: unknown ``rule``, ``scope`` or ``reduction``; an empty scope, or one with
             parameters that are not the base's; a complex parameter.
+        RuntimeError: ``fused=True`` without Triton.
     """
 
     def __init__(
@@ -93,6 +99,7 @@ class ModalityDecoupledOptimizer(Optimizer):
         scope: str | Iterable[Tensor] = "shared",
         reduction: str = "mean",
         seed: int = 0,
+        fused: bool | None = None,
     ) -> None:
         if isinstance(base, ModalityDecoupledOptimizer):
             raise TypeError("base is already a ModalityDecoupledOptimizer; wrap it once")
@@ -102,22 +109,35 @@ class ModalityDecoupledOptimizer(Optimizer):
             raise ValueError(f"reduction must be 'mean', 'sum' or 'released', got {reduction!r}")
         if not isinstance(seed, int):
             raise TypeError(f"seed must be an int, got {type(seed).__name__}")
+        if fused not in (None, True, False):
+            raise TypeError(f"fused must be None, True or False, got {fused!r}")
+        if fused and not kernels.has_triton():
+            raise RuntimeError(
+                "fused=True needs Triton, which is not installed: pip install triton, or let "
+                "gradsplit choose with fused=None"
+            )
         check_parameters(_parameters(base))
         rule, scope = _checked_rule(rule), _checked_scope(scope, base)
         # torch's __init__ assigns defaults, state and groups; ours are the base's, which must stay
         # as they are: a stand-in takes those assignments.
         self._base: Optimizer = SGD([torch.empty(0, requires_grad=True)], lr=0.0)
         super().__init__(self._base.param_groups, self._base.defaults)
-        self._adopt(base, rule, scope, reduction)
+        self._adopt(base, rule, scope, reduction, fused)
         self._write_counters(seed, 0)
 
     def _adopt(
-        self, base: Optimizer, rule: str | Rule, scope: str | list[Tensor], reduction: str
+        self,
+        base: Optimizer,
+        rule: str | Rule,
+        scope: str | list[Tensor],
+        reduction: str,
+        fused: bool | None,
     ) -> None:
         self._base = base
         self._rule = rule
         self._scope = scope
         self._reduction = reduction
+        self._fused = fused
         # Proxies (Lightning, Fabric) share these containers: they are changed, never rebound.
         self._pending: dict[str, Row] = {}
         self._absent: dict[str, None] = {}  # unavailable in some micro-batch, in order
@@ -141,10 +161,11 @@ class ModalityDecoupledOptimizer(Optimizer):
             The report. ``losses`` in it, and the rows, include what was accumulated before.
 
         Raises:
-            TypeError, ValueError: no losses, all unavailable, a loss that is not a real scalar
-                that requires grad, two devices, a loss that reaches no parameter of this optimizer,
-                a closure that calls backward, sparse gradients, a rule that does not return (m,)
-                weights, LBFGS as base. Parameters, ``.grad`` and optimizer state are as before.
+            TypeError, ValueError: no losses, all unavailable, a loss that is not a real scalar that
+                requires grad, two devices, a loss that reaches no parameter of this optimizer, a
+                closure that calls backward, sparse gradients, a rule that does not return (m,)
+                weights, LBFGS as base, gradients that ``fused=True`` cannot take. Parameters,
+                ``.grad`` and optimizer state are as before.
 
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
         >>> opt = ModalityDecoupledOptimizer(SGD([weight], lr=0.1), reduction="sum")
@@ -246,7 +267,9 @@ class ModalityDecoupledOptimizer(Optimizer):
             reached = [p for p in taker.parameters if any(p in row for row in rows)]
             common = {p for p in reached if all(p in row for row in rows)}
             scope = self._scope_of(reached, common)
-            measured = gramian(rows, [p for p in reached if p in scope])
+            if self._fused:
+                check_fused(rows)
+            measured = gramian(rows, [p for p in reached if p in scope], self._fused)
             # One loss has no conflicts: exactly its gradient, NaN only where it has NaN.
             alone = not scope or len(rows) == 1
             weights = torch.ones_like(measured[0]) if alone else self._weights(measured)
@@ -262,7 +285,8 @@ class ModalityDecoupledOptimizer(Optimizer):
             for in_scope, by_all in itertools.product((True, False), repeat=2):
                 part = [p for p in reached if (p in scope, p in common) == (in_scope, by_all)]
                 factors = weights if in_scope else torch.ones_like(weights)
-                merged |= merge(rows, part, factors / self._divisor(len(rows), by_all))
+                factors = factors / self._divisor(len(rows), by_all)
+                merged |= merge(rows, part, factors, self._fused)
         self._drop_pending()
         if replace:
             self._base.zero_grad()
@@ -289,7 +313,7 @@ class ModalityDecoupledOptimizer(Optimizer):
         if self._rule == "gmd":
             return rules.gmd(measured)
         if self._rule == "pcgrad":
-            return rules.pcgrad(measured, self._order(m).to(measured.device, non_blocking=True))
+            return rules.pcgrad(measured, self._order(m, measured.device))
         assert callable(self._rule)
         weights = self._rule(measured.clone())  # the report keeps its own
         if not isinstance(weights, Tensor):
@@ -301,12 +325,18 @@ class ModalityDecoupledOptimizer(Optimizer):
             )
         return weights.detach().to(measured)
 
-    def _order(self, m: int) -> Tensor:
-        """(m, m): for each row a random permutation, from the seed and the number of merges."""
+    def _order(self, m: int, device: torch.device) -> Tensor:
+        """(m, m): for each row a random permutation, from the seed and the number of merges.
+
+        Drawn where it is used, and with integers alone, so that it is the same on every device.
+        """
         # An odd multiplier keeps (seed, merges) and (seed + 1, merges - 1) apart.
-        mixed = self._counter(_SEED) * 0x9E3779B97F4A7C15 + self._counter(_MERGES)
-        generator = torch.Generator().manual_seed(mixed % 2**63)
-        return torch.rand(m, m, generator=generator, device="cpu", dtype=torch.float64).argsort(-1)
+        counter = _wrapped(self._counter(_SEED) * 0x9E3779B97F4A7C15 + self._counter(_MERGES))
+        stream = _scrambled(torch.full((m, m), counter, dtype=torch.long, device=device))
+        place = torch.arange(m * m, device=device, dtype=torch.long).view(m, m)
+        return _scrambled(stream + place * _wrapped(0x9E3779B97F4A7C15)).argsort(
+            dim=-1, stable=True
+        )
 
     @contextlib.contextmanager
     def _rows_of(self, losses: Losses) -> Iterator[tuple[RowTaker, dict[str, Tensor | None]]]:
@@ -434,11 +464,13 @@ class ModalityDecoupledOptimizer(Optimizer):
             "rule": self._rule,
             "scope": self._scope,
             "reduction": self._reduction,
+            "fused": self._fused,
             "scheduled": hasattr(self.step, "_wrapped_by_lr_sched"),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._adopt(state["base"], state["rule"], state["scope"], state["reduction"])
+        options = (state[key] for key in ("base", "rule", "scope", "reduction", "fused"))
+        self._adopt(*options)
         super().__setstate__({})
         if state["scheduled"]:
             # A learning-rate scheduler had patched step. Its patch holds on to the original
@@ -449,7 +481,7 @@ class ModalityDecoupledOptimizer(Optimizer):
         scope = self._scope if isinstance(self._scope, str) else f"{len(self._scope)} parameters"
         return (
             f"{type(self).__name__}(rule={self._rule!r}, scope={scope!r}, "
-            f"reduction={self._reduction!r}, base={self._base!r})"
+            f"reduction={self._reduction!r}, fused={self._fused!r}, base={self._base!r})"
         )
 
     def _counter(self, key: str) -> int:
@@ -480,6 +512,19 @@ def _scheduled_step(self: ModalityDecoupledOptimizer, *args: Any, **kwargs: Any)
 
 
 _scheduled_step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+
+
+def _scrambled(keys: Tensor) -> Tensor:
+    """The finalizer of SplitMix64 (Steele et al. 2014): 64 bits in, 64 well-mixed bits out."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        # The shift of a signed integer repeats its sign: the mask makes it a logical one.
+        keys = (keys ^ ((keys >> shift) & ((1 << (64 - shift)) - 1))) * _wrapped(factor)
+    return keys
+
+
+def _wrapped(value: int) -> int:
+    """The signed 64-bit integer with the low bits of ``value``."""
+    return (value + 2**63) % 2**64 - 2**63
 
 
 def _parameters(base: Optimizer) -> list[Tensor]:
