@@ -132,8 +132,10 @@ def merge_ref(
                 if piece.stop == like.numel():
                     for index in present:
                         del rows[index][piece.parameter]
-        empty = [parameter for parameter in group if parameter.numel() == 0]
-        merged.update((parameter, rows[present[0]][parameter]) for parameter in empty)
+        for parameter in group:  # those without elements are in no block
+            for row in rows:
+                if parameter in row:
+                    merged[parameter] = row.pop(parameter)
     return merged
 
 

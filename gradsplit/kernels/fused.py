@@ -4,10 +4,14 @@ The rows stay where autograd left them. A table says, for every parameter, where
 gradient (0: it does not reach it), how many elements that are, and which columns each program
 takes. It is made on the host, where all of this is known, and copied without waiting.
 
-The Gramian's programs multiply in float32 (IEEE, no tf32), at most ``_CHUNK`` columns each, and
-write their products side by side; torch adds these in float64, always in the same order. Squares
-that do not fit float32 are found by the device itself: a second kernel looks at the result, and
-either returns at once or computes all of it in float64. Nothing waits for the host.
+The Gramian's programs multiply in float32 (IEEE, no tf32), add up to 32 columns in float32 and from
+there on in float64, and write their sums side by side; torch adds these, always in the same order.
+Squares that do not fit float32 are found by the device itself: a second kernel looks at the result,
+and either returns at once or computes all of it in float64. Nothing waits for the host.
+
+A CUDA graph can capture a merge whose rows stay where they are, after one call to warm up. That,
+like every speed on a GPU, is untried so far: the kernels have run in Triton's interpreter, and
+have been compiled for sm_80 and sm_90.
 """
 
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
@@ -101,14 +105,14 @@ def _gramian(table: "_Table", m: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(m, m, dtype=torch.float64, device=device)
     arguments = (table.addresses, table.sizes, table.chunks)
     shape = {"M": lines, "CHUNK": _CHUNK, "TILE": _TILE // lines}
-    partial = torch.empty(table.programs, lines, lines, dtype=torch.float32, device=device)
+    partial = torch.empty(table.programs, lines, lines, dtype=torch.float64, device=device)
     rescuers = min(_RESCUERS, table.programs)
     rescued = torch.empty(rescuers, lines, lines, dtype=torch.float64, device=device)
     with torch.cuda.device_of(partial):
         programs.gramian_kernel[(table.programs,)](
             *arguments, partial, m, TYPE=_TYPES[dtype], ALIGNED=table.aligned, **shape
         )
-        narrow = partial.sum(0, dtype=torch.float64)[:m, :m]
+        narrow = partial.sum(0)[:m, :m]
         squares = narrow.diagonal()
         # A product that underflows loses 2^-126 at most; 2^-30 of K_jj is what may be lost.
         resolved = squares.isfinite() & (squares >= table.columns * 2.0**-96)

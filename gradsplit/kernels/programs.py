@@ -29,6 +29,14 @@ def _tile(pointers, present, columns, stop, ALIGNED: tl.constexpr, WHOLE: tl.con
 
 
 @triton.jit
+def _products(tile, M: tl.constexpr, TILE: tl.constexpr):
+    """(M, M), float64: of all pairs of rows; summed in float32 over 32 columns at most."""
+    runs = tl.permute(tl.reshape(tile, (M, TILE // 32, 32)), (1, 0, 2))
+    product = tl.dot(runs, tl.permute(runs, (0, 2, 1)), input_precision="ieee")
+    return tl.sum(product, axis=0).to(tl.float64)
+
+
+@triton.jit
 def gramian_kernel(
     addresses,  # (parameters, m)
     sizes,  # (parameters,)
@@ -46,16 +54,15 @@ def gramian_kernel(
     start = tl.load(chunks + 2 * program + 1)
     stop = tl.minimum(start + CHUNK, tl.load(sizes + parameter))
     pointers, present = _pointers(addresses, parameter, m, m, TYPE, M)
-    product = tl.zeros((M, M), dtype=tl.float32)
+    product = tl.zeros((M, M), dtype=tl.float64)
     whole = start + (stop - start) // TILE * TILE
     for column in range(start, whole, TILE):
         tile = _tile(pointers, present, column + tl.arange(0, TILE), stop, ALIGNED, True)
-        product += tl.dot(tile, tl.trans(tile), input_precision="ieee")
+        product += _products(tile, M, TILE)
     if whole < stop:
         tile = _tile(pointers, present, whole + tl.arange(0, TILE), stop, ALIGNED, False)
-        product += tl.dot(tile, tl.trans(tile), input_precision="ieee")
-    # Rows that do not reach the parameter stay out of the product: 0 x inf would be NaN.
-    product = tl.where(present[:, None] & present[None, :], product, 0.0)
+        product += _products(tile, M, TILE)
+    # Where 0 x inf of an absent row made NaN, K_jj is infinite too: the rescue sees to both.
     row = tl.arange(0, M)
     tl.store(partial + program * M * M + row[:, None] * M + row[None, :], product)
 
