@@ -17,6 +17,8 @@ import torch
 import gradsplit
 
 __all__ = [
+    "RESULTS",
+    "TABLE",
     "atomic_path",
     "environment",
     "file_sha256",
@@ -27,6 +29,10 @@ __all__ = [
     "write_json",
     "write_text",
 ]
+
+
+RESULTS = "results.json"
+TABLE = "table.md"
 
 
 @contextmanager

@@ -36,25 +36,32 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from benchmarks import results
-from benchmarks.checkpoint import load_checkpoint, save_checkpoint
+from benchmarks.arguments import (
+    absolute,
+    combinations_of,
+    fraction,
+    from_zero,
+    methods,
+    positive_float,
+    positive_int,
+)
+from benchmarks.methods import RULES, sampler_of
 from benchmarks.sentiment_data import MODALITIES, SentimentData, Split, load_file, synthetic
 from benchmarks.sentiment_report import (
     COMBINATIONS,
     NAMES,
-    RESULTS,
-    TABLE,
     Report,
     metrics,
     summarise,
     write_report,
 )
-from gradsplit import CombinationSampler, ModalityDecoupledOptimizer, modality_combinations
+from benchmarks.session import Diverged, Session
+from gradsplit import ModalityDecoupledOptimizer
 from reference_models.sentiment_transformer import SentimentTransformer, SentimentTransformerConfig
 
-__all__ = ["Config", "Session", "Training", "main", "plain_sum"]
+__all__ = ["Config", "Training", "main"]
 
 Combination = tuple[str, ...]
 Array = npt.NDArray[np.float64]
@@ -65,22 +72,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
 }
 LOSSES = {"l1": F.l1_loss, "mse": F.mse_loss}
-CHECKPOINT = "checkpoint.pt"
 EVALUATION_BATCH = 64
-
-
-def plain_sum(gramian: Tensor) -> Tensor:
-    """The rule that decouples nothing: (..., m, m) -> ones (..., m)."""
-    return gramian.new_ones(gramian.shape[:-1])
-
-
-# `full` has one loss, so that no rule changes anything.
-RULES: dict[str, str | Callable[[Tensor], Tensor]] = {
-    "full": plain_sum,
-    "sum": plain_sum,
-    "gmd": "gmd",
-    "pcgrad": "pcgrad",
-}
 
 
 @dataclass(frozen=True)
@@ -107,10 +99,6 @@ class Config:
 
 
 # --- evaluation ----------------------------------------------------------------------------------
-
-
-class Diverged(RuntimeError):
-    """A loss or a score is no longer a number."""
 
 
 @torch.no_grad()
@@ -165,7 +153,7 @@ class Training:
             rule=RULES[method],
             seed=seed,
         )
-        self.sampler = _sampler(config.combinations, seed)
+        self.sampler = sampler_of(method, config.combinations, MODALITIES, seed)
         self.best_epoch = 0
         self.best_mae = math.inf
         self.best_model = copy.deepcopy(self.model.state_dict())
@@ -196,7 +184,7 @@ class Training:
         self.seconds += time.perf_counter() - started
 
     def _step(self, inputs: dict[str, tuple[Tensor, Tensor]], labels: Tensor) -> float:
-        combinations = self._combinations()
+        combinations = self.sampler()
         scores = self.model(inputs, combinations=combinations)  # (C, B)
         loss = LOSSES[self.config.loss]
         losses: dict[str | Combination, Tensor] = {
@@ -215,11 +203,6 @@ class Training:
         if not math.isfinite(mean):
             raise Diverged("the loss is not a finite number")
         return mean
-
-    def _combinations(self) -> list[Combination]:
-        if self.method == "full":
-            return COMBINATIONS[:1]
-        return self.sampler()
 
     def result(self) -> dict[str, Any]:
         """For the result file; loads the best epoch's weights."""
@@ -243,6 +226,9 @@ class Training:
             "weights": torch.stack(self.weights),
             "trained": torch.stack(self.trained),
         }
+
+    def finish(self, save: Callable[[], None]) -> dict[str, Any]:
+        return {"result": self.result(), "records": self.records()}
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -275,112 +261,9 @@ class Training:
         torch.set_rng_state(state["random"])
 
 
-class _Fixed:
-    """The same combinations at every step; stands where a CombinationSampler stands."""
-
-    def __init__(self, combinations: list[Combination]) -> None:
-        self.combinations = combinations
-
-    def __call__(self) -> list[Combination]:
-        return self.combinations
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """There is nothing to restore."""
-
-
-def _sampler(combinations: str, seed: int) -> CombinationSampler | _Fixed:
-    if combinations.startswith("k="):
-        return CombinationSampler(MODALITIES, k=int(combinations[2:]), seed=seed)
-    largest = 1 if combinations == "singles" else None
-    return _Fixed(modality_combinations(MODALITIES, max_size=largest))
-
-
-class Session:
-    """All trainings of one result folder, in order, with a checkpoint after every epoch."""
-
-    def __init__(
-        self,
-        folder: Path,
-        config: Config,
-        command: str,
-        environment: dict[str, str],
-        digest: str,
-    ) -> None:
-        self.folder = folder
-        self.config = config
-        self.command = command
-        self.environment = environment
-        self.digest = digest  # of the data
-        self.done: list[dict[str, Any]] = []  # {"result": ..., "records": ...} per training
-        self.current: dict[str, Any] | None = None  # state of the training that was cut off
-
-    @classmethod
-    def load(cls, folder: Path) -> "Session":
-        content = load_checkpoint(folder / CHECKPOINT)
-        config = Config(**{**content["config"], "methods": tuple(content["config"]["methods"])})
-        session = cls(folder, config, content["command"], content["environment"], content["digest"])
-        session.done, session.current = content["done"], content["current"]
-        return session
-
-    def save(self) -> None:
-        content = {
-            "config": {**asdict(self.config), "methods": list(self.config.methods)},
-            "command": self.command,
-            "environment": self.environment,
-            "digest": self.digest,
-            "done": self.done,
-            "current": self.current,
-        }
-        save_checkpoint(self.folder / CHECKPOINT, content)
-
-    def train(self, data: SentimentData) -> None:
-        """Every method for a seed, then the next seed: what is there early can be compared."""
-        config = self.config
-        plan = [(seed, method) for seed in range(config.seeds) for method in config.methods]
-        steps = math.ceil(len(data.splits["train"]) / config.batch_size)
-        with tqdm(
-            total=len(plan) * config.epochs * steps,
-            initial=len(self.done) * config.epochs * steps,
-            disable=not sys.stderr.isatty(),
-            unit="step",
-        ) as progress:
-            for number, (seed, method) in enumerate(plan[len(self.done) :], len(self.done) + 1):
-                progress.set_description(f"{method}, seed {seed}")
-                training = Training(config, data, method, seed)
-                if self.current is not None:
-                    training.load_state_dict(self.current)
-                    progress.update(training.epoch * steps)
-                while training.epoch < config.epochs:
-                    try:
-                        training.train_epoch(progress)
-                    except Diverged as error:
-                        where = f"{method}, seed {seed}, epoch {training.epoch + 1}"
-                        raise Diverged(f"{where}: {error}; try a lower --lr") from None
-                    self.current = training.state_dict()
-                    self.save()
-                result = training.result()
-                self.done.append({"result": result, "records": training.records()})
-                self.current = None
-                self.save()
-                progress.write(_line_of(result, number, len(plan)), file=sys.stderr)
-
-    def report(self, data: SentimentData) -> Report:
-        """To be called when every training is done."""
-        return Report.of(
-            data,
-            config=asdict(self.config),
-            command=self.command,
-            environment=self.environment,
-            done=self.done,
-        )
-
-
-def _line_of(result: Mapping[str, Any], number: int, total: int) -> str:
+def _line_of(result: Mapping[str, Any]) -> str:
     return (
-        f"[{number}/{total}] {result['method']}, seed {result['seed']}: best epoch "
+        f"{result['method']}, seed {result['seed']}: best epoch "
         f"{result['best_epoch']}, valid MAE {result['valid_mae']:.3f}, "
         f"test MAE {result['summary']['mae']:.3f} ({result['seconds']:.0f} s)"
     )
@@ -399,34 +282,50 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = _config(parser, options)
         data = _load_data(parser, config)
         command = shlex.join(["python", "-m", "benchmarks.sentiment", *arguments])
-        return _run(_start(parser, wanted, config, command, data.digest), data)
-    session = _resume(parser, options)
-    if session is None:
+        environment, digest = _versions(), data.digest
+        session = Session.start(parser, wanted, asdict(config), command, environment, digest)
+        return _run(session, data)
+    folder: Path = options.pop("resume")
+    if not options and (folder / results.RESULTS).exists():
+        table = (folder / results.TABLE).read_text("utf-8")
+        print(f"{folder} is already finished:\n\n{table}")
         return 0
-    data = _load_data(parser, session.config)
-    if session.digest != data.digest:
-        parser.error(
-            f"argument --resume: the data has changed since the run began: {data.source} has "
-            f"SHA-256 {data.digest}, the checkpoint says {session.digest}; put the old file back"
-        )
+    session = Session.resume(parser, folder, options, _versions())
+    data = _load_data(parser, Config(**session.config))
+    session.check_digest(parser, data.source, data.digest)
     return _run(session, data)
 
 
 def _run(session: Session, data: SentimentData) -> int:
-    torch.set_num_threads(session.config.threads)  # sums depend on how they are split
-    again = shlex.join([sys.executable, "-m", "benchmarks.sentiment", "--resume",
-                        str(session.folder)])  # fmt: skip
+    config = Config(**session.config)
+    torch.set_num_threads(config.threads)  # sums depend on how they are split
     try:
         session.save()  # from here on Ctrl-C loses at most an epoch
-        session.train(data)
-        table = write_report(session.report(data), session.folder)
+        session.train(
+            # Every method for a seed, then the next seed: what is there early can be compared.
+            [(method, seed) for seed in range(config.seeds) for method in config.methods],
+            lambda method, seed: Training(config, data, method, seed),
+            epochs=config.epochs,
+            epoch_length=math.ceil(len(data.splits["train"]) / config.batch_size),
+            unit="step",
+            line=_line_of,
+        )
+        report = Report.of(
+            data,
+            config=session.config,
+            command=session.command,
+            environment=session.environment,
+            done=session.done,
+        )
+        table = write_report(report, session.folder)
     except KeyboardInterrupt:
+        again = session.how_to_continue("benchmarks.sentiment")
         print(f"\ninterrupted; to continue:\n  {again}", file=sys.stderr)
         return 130
     except Diverged as error:
         print(f"benchmarks.sentiment: {error}", file=sys.stderr)
         return 1
-    (session.folder / CHECKPOINT).unlink()
+    session.close()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # an ASCII terminal has no plus-minus sign
     print(table)
@@ -444,47 +343,8 @@ def _config(parser: argparse.ArgumentParser, options: dict[str, Any]) -> Config:
     return config
 
 
-def _start(
-    parser: argparse.ArgumentParser, wanted: Path, config: Config, command: str, digest: str
-) -> Session:
-    try:
-        folder = results.new_folder(wanted, (RESULTS, CHECKPOINT))
-    except OSError as error:
-        parser.error(f"argument --out: cannot create {wanted}: {error.strerror}")
-    if folder != wanted:
-        print(f"{wanted} holds another run; writing to {folder}", file=sys.stderr)
-    return Session(folder, config, command, _versions(), digest)
-
-
 def _versions() -> dict[str, str]:
     return results.environment(["numpy", "scipy", "scikit-learn", "matplotlib"])
-
-
-def _resume(parser: argparse.ArgumentParser, options: dict[str, Any]) -> Session | None:
-    folder: Path = options.pop("resume")
-    if options:
-        given = ", ".join("--" + name.replace("_", "-") for name in options)
-        parser.error(
-            f"argument --resume: takes everything from {folder}; leave out {given}, "
-            "or start a new run"
-        )
-    if (folder / RESULTS).exists():
-        print(f"{folder} is already finished:\n\n{(folder / TABLE).read_text('utf-8')}")
-        return None
-    try:
-        session = Session.load(folder)
-    except OSError:
-        parser.error(f"argument --resume: {folder} holds no {CHECKPOINT} of an interrupted run")
-    except ValueError as error:
-        parser.error(f"argument --resume: {error}")
-    for name, version in _versions().items():
-        if session.environment.get(name) != version:
-            print(
-                f"warning: the run began with {name} {session.environment.get(name)}, this is "
-                f"{version}: the numbers may differ from those of an uninterrupted run",
-                file=sys.stderr,
-            )
-    return session
 
 
 def _load_data(parser: argparse.ArgumentParser, config: Config) -> SentimentData:
@@ -512,23 +372,27 @@ def _parser() -> argparse.ArgumentParser:
         value = ",".join(value) if isinstance(value, tuple) else value
         parser.add_argument(name, type=kind, help=f"{text} (default: {value})", **more)
 
-    add("--data", _absolute, "pickle in MMSA's layout; without it, synthetic data", metavar="FILE")
-    add("--max-frames", _positive_int, "longer sequences are averaged down to", metavar="N")
-    add("--methods", _methods, f"comma-separated, of {', '.join(RULES)}", metavar="LIST")
-    add("--combinations", _combinations, "trained on: all, singles, or k=N drawn per step")
-    add("--seeds", _positive_int, "number of seeds, from 0 on", metavar="N")
-    add("--epochs", _positive_int, "passes over train", metavar="N")
-    add("--batch-size", _positive_int, "utterances per step", metavar="N")
+    add("--data", absolute, "pickle in MMSA's layout; without it, synthetic data", metavar="FILE")
+    add("--max-frames", positive_int, "longer sequences are averaged down to", metavar="N")
+    add("--methods", methods, f"comma-separated, of {', '.join(RULES)}", metavar="LIST")
+    add(
+        "--combinations",
+        combinations_of(MODALITIES),
+        "trained on: all, singles, or k=N drawn per step",
+    )
+    add("--seeds", positive_int, "number of seeds, from 0 on", metavar="N")
+    add("--epochs", positive_int, "passes over train", metavar="N")
+    add("--batch-size", positive_int, "utterances per step", metavar="N")
     add("--loss", str, "of the score", choices=list(LOSSES))
     add("--optimizer", str, "what the decoupling wraps", choices=list(OPTIMIZERS))
-    add("--lr", _positive_float, "learning rate", metavar="X")
-    add("--weight-decay", _from_zero, "of the optimizer", metavar="X")
-    add("--clip-norm", _positive_float, "clip the merged gradient to this norm", metavar="X")
-    add("--width", _positive_int, "of the backbone", metavar="N")
-    add("--depth", _positive_int, "transformer blocks", metavar="N")
-    add("--heads", _positive_int, "attention heads", metavar="N")
-    add("--dropout", _fraction, "dropout probability", metavar="X")
-    add("--threads", _positive_int, "torch threads; more only help larger models", metavar="N")
+    add("--lr", positive_float, "learning rate", metavar="X")
+    add("--weight-decay", from_zero, "of the optimizer", metavar="X")
+    add("--clip-norm", positive_float, "clip the merged gradient to this norm", metavar="X")
+    add("--width", positive_int, "of the backbone", metavar="N")
+    add("--depth", positive_int, "transformer blocks", metavar="N")
+    add("--heads", positive_int, "attention heads", metavar="N")
+    add("--dropout", fraction, "dropout probability", metavar="X")
+    add("--threads", positive_int, "torch threads; more only help larger models", metavar="N")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="result folder (default: results/sentiment-DATE)"
     )
@@ -536,52 +400,6 @@ def _parser() -> argparse.ArgumentParser:
         "--resume", type=Path, metavar="DIR", help="continue the interrupted run in DIR"
     )
     return parser
-
-
-def _absolute(text: str) -> str:
-    return str(Path(text).absolute())  # --resume may be called from elsewhere
-
-
-def _methods(text: str) -> tuple[str, ...]:
-    methods = tuple(text.split(","))
-    for method in methods:
-        if method not in RULES:
-            raise argparse.ArgumentTypeError(
-                f"unknown method {method!r} (choose from {', '.join(RULES)})"
-            )
-    if len(set(methods)) < len(methods):
-        raise argparse.ArgumentTypeError(f"{text!r} names a method twice")
-    return methods
-
-
-def _combinations(text: str) -> str:
-    draws = {f"k={k}" for k in range(1, len(COMBINATIONS) + 1)}
-    if text not in {"all", "singles"} | draws:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} (choose from all, singles, k=1 to k={len(COMBINATIONS)})"
-        )
-    return text
-
-
-def _checked(
-    convert: Callable[[str], Any], holds: Callable[[Any], bool], what: str
-) -> Callable[[str], Any]:
-    def check(text: str) -> Any:
-        try:
-            value = convert(text)
-        except ValueError:
-            value = None
-        if value is None or not holds(value):
-            raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}")
-        return value
-
-    return check
-
-
-_positive_int = _checked(int, lambda x: x >= 1, "a whole number of at least 1")
-_positive_float = _checked(float, lambda x: 0 < x < math.inf, "a positive number")
-_from_zero = _checked(float, lambda x: 0 <= x < math.inf, "a number of at least 0")
-_fraction = _checked(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the sentiment benchmark reports: metrics, what the gradients did, tables, pictures.
+"""What the sentiment benchmark reports: metrics, tables, pictures.
 
 Everything is computed from what it is handed: scores and labels, the records of the merges, the
 results of finished trainings. Nothing here trains, or knows the model.
@@ -12,26 +12,18 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from scipy.stats import t as student_t
 from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error
-from torch import Tensor
 
-from benchmarks import results
-from benchmarks.pictures import draw_angles, draw_curves, draw_scores
+from benchmarks import gradients, results
+from benchmarks.pictures import draw_scores
 from benchmarks.sentiment_data import MODALITIES, SentimentData
-from gradsplit import Decoupling, modality_combinations
+from gradsplit import modality_combinations
 
 __all__ = [
     "COMBINATIONS",
     "METRICS",
     "NAMES",
-    "RESULTS",
-    "TABLE",
     "Report",
-    "compare",
-    "diagnose",
-    "merged_angles",
     "metrics",
     "summarise",
     "write_report",
@@ -50,9 +42,6 @@ METRICS = {
     "f1_non0": "F1 (non 0)",
     "acc7": "Acc-7",
 }
-RECORDS = ("gramians", "weights", "trained")
-RESULTS = "results.json"
-TABLE = "table.md"
 SELECTION = (
     "Tested: the epoch with the lowest MAE on the validation split, mean over all combinations."
 )
@@ -104,70 +93,6 @@ def summarise(by_combination: Mapping[str, Mapping[str, float]]) -> dict[str, fl
     return {**means, "worst_mae": max(row["mae"] for row in rows)}
 
 
-# --- what the gradients did ----------------------------------------------------------------------
-
-
-def diagnose(records: Mapping[str, Tensor]) -> dict[str, Array]:
-    """Per step: angles between rows and to the merged gradient, shares, dominance, conflicts.
-
-    ``shares`` is (steps, 7), NaN for combinations that were not drawn.
-    """
-    rows: dict[str, list[Any]] = {
-        key: [] for key in ("pairs", "merged", "shares", "dominance", "conflicts", "alignment")
-    }
-    for gramian, weights, trained in zip(*(records[key] for key in RECORDS), strict=True):
-        names = tuple(NAMES[i] for i in trained.tolist())
-        seen = Decoupling(names, (), gramian.new_zeros(len(names)), gramian, weights)
-        scalars = seen.as_scalars(prefix="")
-        shares = np.full(len(NAMES), np.nan)
-        shares[trained.numpy()] = seen.shares().numpy()
-        rows["pairs"].append(seen.angles().numpy())
-        rows["merged"].append(merged_angles(gramian, weights).numpy())
-        rows["shares"].append(shares)
-        rows["dominance"].append(scalars["dominance_max"])
-        rows["conflicts"].append(scalars["conflict_rate"])
-        rows["alignment"].append(scalars["alignment"])
-    return {key: np.array(values, dtype=np.float64) for key, values in rows.items()}
-
-
-def merged_angles(gramian: Tensor, weights: Tensor) -> Tensor:
-    """(m,): angle in degrees between each row and w^T J; 90 where one of the two is zero.
-
-    <g_i, w^T J> = (K w)_i and ||w^T J||^2 = w^T K w: the rows themselves are not needed.
-    """
-    inner = gramian @ weights
-    scale = (gramian.diagonal() * (weights @ inner).clamp(min=0.0)).sqrt()
-    cosine = torch.where(scale > 0, inner / scale, 0.0).clamp(-1.0, 1.0)
-    return cosine.acos().rad2deg()
-
-
-def _summary_of(seen: Mapping[str, Array], epochs: int) -> dict[str, Any]:
-    """The part of :func:`diagnose` that goes into the result file: per epoch, and histograms."""
-    bins = np.arange(0, 181, 5)
-    per_epoch = {
-        key: [float(part.mean()) for part in np.array_split(seen[key], epochs)]
-        for key in ("dominance", "conflicts", "alignment")
-    }
-    shares = {
-        name: [_mean_or_none(part) for part in np.array_split(seen["shares"][:, number], epochs)]
-        for number, name in enumerate(NAMES)
-    }
-    histograms = {
-        key: np.histogram(seen[key], bins=bins)[0].tolist() for key in ("pairs", "merged")
-    }
-    return {
-        "per_epoch": {**per_epoch, "shares": shares},
-        "angle_bins": bins.tolist(),
-        "angle_counts": histograms,
-        "above_90": {key: float((seen[key] > 90).mean()) for key in ("pairs", "merged")},
-    }
-
-
-def _mean_or_none(values: Array) -> float | None:
-    known = values[np.isfinite(values)]
-    return float(known.mean()) if len(known) else None
-
-
 # --- tables --------------------------------------------------------------------------------------
 
 
@@ -181,7 +106,7 @@ class Report:
     environment: Mapping[str, str]
     done: Sequence[Mapping[str, Any]]  # {"result": ..., "records": ...} per training
     constant: dict[str, float]
-    seen: dict[str, dict[str, Array]]  # method -> diagnose(), stacked over seeds
+    seen: dict[str, dict[str, Array]]  # method -> gradients.diagnose(), stacked over seeds
 
     @classmethod
     def of(
@@ -196,14 +121,7 @@ class Report:
         train, test = data.splits["train"].labels, data.splits["test"].labels
         guess = np.full(len(test), float(train.double().mean()))
         constant = metrics(guess, test.double().numpy())
-        by_method: dict[str, list[dict[str, Array]]] = {}
-        for one in done:
-            if one["records"]["weights"].shape[1] > 1:
-                by_method.setdefault(one["result"]["method"], []).append(diagnose(one["records"]))
-        seen = {
-            method: {key: np.stack([run[key] for run in runs]) for key in runs[0]}
-            for method, runs in by_method.items()
-        }
+        seen = gradients.diagnose_all(done, NAMES)
         return cls(data, config, command, environment, done, constant, seen)
 
     @property
@@ -236,7 +154,7 @@ class Report:
             if result["method"] in self.seen:
                 seed = result["seed"]
                 seen = {key: rows[seed] for key, rows in self.seen[result["method"]].items()}
-                result["gradients"] = _summary_of(seen, epochs)
+                result["gradients"] = gradients.summarise_gradients(seen, NAMES, epochs)
             runs.append(result)
         return {
             "benchmark": "sentiment",
@@ -276,7 +194,7 @@ class Report:
         if self.seen:
             parts += [
                 f"## Gradients on the shared parameters, all training steps{note}\n",
-                self._gradient_table(),
+                gradients.gradient_table(self.seen, NAMES),
             ]
         return "\n".join(parts)
 
@@ -321,37 +239,14 @@ class Report:
         rows.append(["(train mean)", *([f"{self.constant[metric]:.3f}"] * len(self.methods))])
         return results.markdown_table(["available", *self.methods], rows)
 
-    def _gradient_table(self) -> str:
-        rows = []
-        for method, seen in self.seen.items():
-            shares = np.nanmean(seen["shares"].reshape(-1, len(NAMES)), axis=0, where=True)
-            rows.append(
-                [
-                    method,
-                    f"{seen['conflicts'].mean():.1%}",
-                    f"{(seen['merged'] > 90).mean():.1%}",
-                    f"{np.median(seen['dominance']):.2f}",
-                    f"{seen['alignment'].mean():.4f}",
-                    f"{NAMES[int(np.nanargmax(shares))]} ({np.nanmax(shares):.0%})",
-                ]
-            )
-        header = [
-            "method",
-            "pairs in conflict",
-            "rows opposed by the merged update",
-            "largest dominance (median)",
-            "alignment with the plain sum",
-            "largest share",
-        ]
-        return results.markdown_table(header, rows)
-
     def _compared(self) -> list[str]:
         return [m for m in self.methods if m not in ("full", "sum") and "sum" in self.methods]
 
     def compare(self, method: str) -> dict[str, Any]:
         """Mean MAE of ``method`` less that of ``sum``, seed by seed; negative: better."""
         pairs = zip(self.runs(method), self.runs("sum"), strict=True)
-        return compare(method, [a["summary"]["mae"] - b["summary"]["mae"] for a, b in pairs])
+        differences = [a["summary"]["mae"] - b["summary"]["mae"] for a, b in pairs]
+        return gradients.compare(method, "MAE, mean over combinations", differences)
 
     def sentence(self, comparison: Mapping[str, Any]) -> str:
         mean, n = comparison["mean"], len(comparison["differences"])
@@ -373,26 +268,6 @@ class Report:
         )
 
 
-def compare(method: str, differences: Sequence[float]) -> dict[str, Any]:
-    """Mean, sample std and 95% t interval of paired differences; None where one pair has none."""
-    mean, std = results.mean_and_std(differences)
-    interval, within = None, None
-    if std is not None:
-        quantile = float(student_t.ppf(0.975, len(differences) - 1))
-        half = quantile * std / math.sqrt(len(differences))
-        interval, within = [mean - half, mean + half], abs(mean) <= half
-    return {
-        "method": method,
-        "against": "sum",
-        "metric": "MAE, mean over combinations",
-        "differences": list(differences),
-        "mean": mean,
-        "std": std,
-        "interval": interval,
-        "within_noise": within,
-    }
-
-
 # --- pictures ------------------------------------------------------------------------------------
 
 
@@ -412,34 +287,8 @@ def write_report(report: Report, folder: Path) -> str:
         {label: ("train mean", report.constant[metric]) for metric, label in panels.items()},
     )
     if report.seen:
-        _draw_gradients(report, folder, over)
+        gradients.draw_gradients(folder, report.seen, NAMES, report.label, over)
     table = report.as_markdown()
-    results.write_text(folder / TABLE, table)
-    results.write_json(folder / RESULTS, report.as_json())
+    results.write_text(folder / results.TABLE, table)
+    results.write_json(folder / results.RESULTS, report.as_json())
     return table
-
-
-def _draw_gradients(report: Report, folder: Path, over: str) -> None:
-    def each(key: str) -> dict[str, Array]:
-        return {method: seen[key] for method, seen in report.seen.items()}
-
-    draw_angles(
-        folder / "angles.png",
-        f"Gradient angles on the shared parameters, {report.label}, all steps and seeds\n"
-        "A row is one combination's gradient. Top: as Fig. 3 of the GMD paper. "
-        "Bottom: above 90° the step goes against that row.",
-        each("pairs"),
-        each("merged"),
-    )
-    draw_curves(
-        folder / "dominance.png",
-        f"Gradients on the shared parameters over training, {report.label}\n(moving mean; {over})",
-        each("shares"),
-        NAMES,
-        {
-            "largest dominance of a pair": each("dominance"),
-            "share of pairs in conflict": each("conflicts"),
-            "alignment with the plain sum": each("alignment"),
-        },
-        highest={"alignment with the plain sum": 1.0},  # a cosine
-    )

@@ -67,22 +67,40 @@ class ModalityNorm(nn.Module):
         self.weight = nn.ParameterDict({name: nn.Parameter(torch.ones(channels)) for name in names})
         self.bias = nn.ParameterDict({name: nn.Parameter(torch.zeros(channels)) for name in names})
 
-    def forward(self, features: Tensor, modality: str) -> Tensor:
-        """Normalise the features of one modality.
+    def forward(self, features: Tensor, modality: str | Sequence[str]) -> Tensor:
+        """Normalise the features of one modality, or of one modality per sample.
 
         Args:
             features: (..., C) for LayerNorm, (B, C, ...) for GroupNorm.
-            modality: whose affine.
+            modality: whose affine. B names: one per sample of dimension 0. That joins the graphs
+                of these modalities; it is for inference, where one batch of several modalities may
+                be faster than one batch of each.
 
         Returns:
             The same shape.
 
         Raises:
-            ValueError: an unknown ``modality``.
+            ValueError: an unknown ``modality``, or not one for each sample.
         """
-        if modality not in self.weight:
-            raise ValueError(f"modality must be one of {list(self.weight)}, got {modality!r}")
-        weight, bias = self.weight[modality], self.bias[modality]
+        names = (modality,) if isinstance(modality, str) else modality
+        for name in names:
+            if name not in self.weight:
+                raise ValueError(f"modality must be one of {list(self.weight)}, got {name!r}")
+        if isinstance(modality, str):
+            return self._normalised(features, self.weight[modality], self.bias[modality])
+        if len(names) != features.shape[0]:
+            raise ValueError(
+                f"modality must be one name, or one for each of the {features.shape[0]} samples, "
+                f"got {len(names)} names"
+            )
+        dim = -1 if self.groups is None else 1
+        shape = [1] * features.dim()
+        shape[0], shape[dim] = len(names), self.channels
+        weight = torch.stack([self.weight[name] for name in names]).view(shape)
+        bias = torch.stack([self.bias[name] for name in names]).view(shape)
+        return torch.addcmul(bias, self._normalised(features, None, None), weight)
+
+    def _normalised(self, features: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         if self.groups is None:
             return F.layer_norm(features, (self.channels,), weight, bias, self.eps)
         return F.group_norm(features, self.groups, weight, bias, self.eps)

@@ -19,17 +19,16 @@ from numpy.testing import assert_allclose
 
 from benchmarks import results, sentiment
 from benchmarks.checkpoint import load_checkpoint, save_checkpoint
+from benchmarks.gradients import compare, diagnose, merged_angles
+from benchmarks.methods import RULES, plain_sum
 from benchmarks.pictures import draw_curves, smooth
-from benchmarks.sentiment import Config, Training, main, plain_sum
+from benchmarks.sentiment import Config, Training, main
 from benchmarks.sentiment_data import MODALITIES, SentimentData, Split, load_file, synthetic_layout
 from benchmarks.sentiment_report import (
     COMBINATIONS,
     METRICS,
     NAMES,
     Report,
-    compare,
-    diagnose,
-    merged_angles,
     metrics,
     summarise,
 )
@@ -157,7 +156,7 @@ def test_methods_start_alike_and_see_the_same_batches(
     data: SentimentData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, list[Any]] = {}
-    for method in sentiment.RULES:
+    for method in RULES:
         training = Training(small(), data, method, 1)
         start = [parameter.clone() for parameter in training.model.parameters()]
         batches: list[Any] = []
@@ -270,7 +269,7 @@ def test_diagnosis_is_what_the_optimizer_reports(data: SentimentData) -> None:
         training._step(*data.splits["train"].batch(index))
         assert isinstance(training.optimizer.last, Decoupling)
         reports.append(training.optimizer.last)
-    seen = diagnose(training.records())
+    seen = diagnose(training.records(), NAMES)
     for number, report in enumerate(reports):
         assert_allclose(seen["pairs"][number], report.angles())
         assert_allclose(seen["conflicts"][number], report.conflict_rate())
@@ -305,17 +304,17 @@ def test_the_band_of_a_cosine_ends_at_one(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_the_interval_of_paired_differences_by_hand() -> None:
-    found = compare("gmd", [-0.1, -0.2, -0.3])
+    found = compare("gmd", "MAE", [-0.1, -0.2, -0.3])
     assert_allclose(found["mean"], -0.2)
     assert_allclose(found["std"], 0.1)
     half = 4.302652729911275 * 0.1 / np.sqrt(3)  # Student's t, 2 degrees of freedom, 97.5%
     assert_allclose(found["interval"], [-0.2 - half, -0.2 + half])
     assert found["within_noise"] is True
-    assert compare("gmd", [-0.2, -0.201, -0.202])["within_noise"] is False
+    assert compare("gmd", "MAE", [-0.2, -0.201, -0.202])["within_noise"] is False
 
 
 def test_one_seed_says_nothing_about_noise() -> None:
-    found = compare("gmd", [-0.1])
+    found = compare("gmd", "MAE", [-0.1])
     assert (found["std"], found["interval"], found["within_noise"]) == (None, None, None)
 
 

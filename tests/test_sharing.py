@@ -30,6 +30,22 @@ def test_modality_norm_is_torchs_norm_with_the_affine_of_the_modality(groups: in
     torch.testing.assert_close(norm(x, "audio"), peer(x))
 
 
+@pytest.mark.parametrize("groups", [None, 2])
+def test_modality_norm_takes_one_modality_per_sample(groups: int | None) -> None:
+    norm = ModalityNorm(("text", "audio"), channels=4, groups=groups)
+    with torch.no_grad():
+        for parameter in norm.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    features = torch.randn((3, 5, 4) if groups is None else (3, 4, 5, 6))
+    names = ["audio", "text", "audio"]
+    alone = [norm(one, name) for one, name in zip(features.split(1), names, strict=True)]
+    torch.testing.assert_close(norm(features, names), torch.cat(alone))
+    with pytest.raises(ValueError, match="one for each of the 3 samples, got 2 names"):
+        norm(features, names[:2])
+    with pytest.raises(ValueError, match="modality must be one of .* got 'vision'"):
+        norm(features, ["audio", "text", "vision"])
+
+
 def test_modality_norm_reaches_only_its_own_affine() -> None:
     norm = ModalityNorm(NAMES, 4)
     norm(torch.randn(2, 4), "audio").sum().backward()

@@ -78,6 +78,20 @@ def test_fusion_is_the_mean_of_the_branches_of_each_sample() -> None:
         torch.testing.assert_close(fused[sample], mean, rtol=1e-4, atol=1e-5)
 
 
+def test_samples_with_nothing_for_a_combination_can_be_left_out() -> None:
+    model, volume = small_model(), some_volume()
+    available = torch.tensor([[True, False, False, False], [False, True, True, True]])
+    combinations = [("t1",), ("t1", "t2")]
+    with torch.no_grad():
+        logits, valid = model(volume, available, combinations, return_valid=True)
+        assert valid.tolist() == [[True, False], [True, True]]
+        torch.testing.assert_close(
+            logits[:, :1], model(volume[:1], ("t1",)).expand(2, 1, -1, -1, -1, -1)
+        )
+        with pytest.raises(ValueError, match="sample 1 has nothing available"):
+            model(volume, available, combinations)
+
+
 def test_many_combinations_equal_one_at_a_time_and_share_four_passes() -> None:
     model, volume = small_model(), some_volume(1)
     with torch.no_grad():
@@ -85,6 +99,21 @@ def test_many_combinations_equal_one_at_a_time_and_share_four_passes() -> None:
         assert logits.shape == (15, 1, 3, 16, 16, 16)
         for one, combination in zip(logits, COMBINATIONS, strict=True):
             torch.testing.assert_close(one, model(volume, combination))
+
+
+@pytest.mark.parametrize("private", [0, 1])
+def test_one_sample_without_gradients_is_what_training_computes(private: int) -> None:
+    """Without gradients the modalities of a single sample run as one batch."""
+    model, volume = small_model(private_encoder_levels=private), some_volume(1)
+    with torch.no_grad():
+        for parameter in model.parameters():  # else all affines are ones and zeros
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    combinations = [("flair", "t1"), ("t1ce",), NAMES]
+    trained = model(volume, combinations=combinations)
+    with torch.no_grad():
+        for arguments in ({}, {"available": torch.ones(1, 4, dtype=torch.bool)}):
+            inferred = model(volume, combinations=combinations, **arguments)
+            torch.testing.assert_close(inferred, trained.detach(), rtol=1e-4, atol=1e-5)
 
 
 def flops(model: DynamicSharingUNet3d, *arguments: Any, **named: Any) -> int:

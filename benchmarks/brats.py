@@ -1,0 +1,495 @@
+"""Tumour regions from any combination of MRI sequences, with and without gradient decoupling.
+
+    python -m benchmarks.brats                                   # phantoms, about five minutes
+    python -m benchmarks.brats --data BRATS --preset paper --device cuda --amp bf16 --workers 8
+    python -m benchmarks.brats --data BRATS18 --preset released --device cuda
+    python -m benchmarks.brats --data BRATS23 --regions "WT=1,2,3 TC=1,3 ET=3"
+    python -m benchmarks.brats --data BRATS --preset paper --check     # looks at everything, stops
+    python -m benchmarks.brats --resume results/brats-2026-01-31 --predict segmentations
+
+One network is trained per method and seed, from the same initial weights and with the same crops:
+
+full      only the loss of the combination of all modalities
+sum       the losses of the combinations, no decoupling
+gmd       the GMD paper's rule
+pcgrad    the rule in GMD's released code
+
+BRATS is a folder of cases as BraTS 2018, 2020, 2021 or 2023 lays it out, or any folder like it.
+Without --data, phantoms are generated, written as NIfTI and read as any other data. The preset sets
+all other defaults: quick (minutes on a CPU), paper, or released; benchmarks/brats_training.py lists
+each value and where it comes from. Every test case is segmented from each of the 15 combinations.
+Results go to results/brats-DATE: results.json, table.md, dice.png, angles.png, dominance.png,
+cases.png, and the best and last model of each training. Ctrl-C, or a killed process, leaves a
+checkpoint that --resume continues from: on a CPU exactly, on a GPU up to its own nondeterminism.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import io
+import json
+import math
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import results
+from benchmarks.arguments import (
+    absolute,
+    combinations_of,
+    from_zero,
+    methods,
+    positive_float,
+    positive_int,
+    whole,
+)
+from benchmarks.brats_data import (
+    MODALITIES,
+    BratsData,
+    load_folder,
+    read_regions,
+    write_segmentation,
+)
+from benchmarks.brats_phantom import write_phantoms
+from benchmarks.brats_report import Report, write_report
+from benchmarks.brats_splits import acn_split, read_split, split_cases
+from benchmarks.brats_training import (
+    AMP,
+    LOSSES,
+    OPTIMIZERS,
+    OVERLAP,
+    PRESETS,
+    SCHEDULES,
+    Config,
+    Prepared,
+    Training,
+    case_logits,
+    load_model,
+    mean_of,
+    model_file,
+)
+from benchmarks.brats_volumes import CACHES, NORMALISATIONS, make_dataset, training_batches
+from benchmarks.methods import RULES
+from benchmarks.session import Diverged, Session
+
+__all__ = ["main"]
+
+PHANTOM_SIZE = (52, 64, 49)
+PHANTOM_SEED = 0
+MEASURED_CROP = 48  # --check on a CPU measures a step of at most this crop, and scales it
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    options = vars(parser.parse_args(arguments))
+    check, predict = options.pop("check", False), options.pop("predict", None)
+    if predict is not None:
+        try:
+            predict.mkdir(parents=True, exist_ok=True)  # not after hours of training
+        except OSError as error:
+            parser.error(f"argument --predict: cannot create {predict}: {error.strerror}")
+    if "resume" in options:
+        return _resume(parser, options.pop("resume"), [*options, *["check"] * check], predict)
+    wanted = options.pop("out", Path("results") / f"brats-{datetime.date.today()}")
+    config = dataclasses.replace(PRESETS[options.get("preset", "quick")](), **options)
+    torch.set_num_threads(config.threads)  # sums depend on how they are split
+    prepared = _prepare(parser, config)
+    if check:
+        print(_checked(config, prepared))
+        return 0
+    command = shlex.join(["python", "-m", "benchmarks.brats", *arguments])
+    environment, digest = _versions(), prepared.data.digest
+    session = Session.start(parser, wanted, asdict(config), command, environment, digest)
+    return _run(session, config, prepared, predict)
+
+
+def _resume(
+    parser: argparse.ArgumentParser, folder: Path, given: Sequence[str], predict: Path | None
+) -> int:
+    if not given and (folder / results.RESULTS).exists():
+        if predict is None:
+            table = (folder / results.TABLE).read_text("utf-8")
+            print(f"{folder} is already finished:\n\n{table}")
+            return 0
+        content = json.loads((folder / results.RESULTS).read_text("utf-8"))
+        config = _config_of(content["config"])
+        torch.set_num_threads(config.threads)
+        _predict(folder, config, _prepare(parser, config), predict)
+        return 0
+    session = Session.resume(parser, folder, given, _versions())
+    config = _config_of(session.config)
+    torch.set_num_threads(config.threads)
+    prepared = _prepare(parser, config)
+    session.check_digest(parser, prepared.data.source, prepared.data.digest)
+    return _run(session, config, prepared, predict)
+
+
+def _config_of(content: Mapping[str, Any]) -> Config:
+    return Config(**{**content, "methods": tuple(content["methods"])})  # JSON has no tuples
+
+
+def _run(session: Session, config: Config, prepared: Prepared, predict: Path | None) -> int:
+    splits = {name: [case.name for case in cases] for name, cases in prepared.split.items()}
+    try:
+        session.save()  # from here on a kill loses at most an epoch
+        session.train(
+            # Every method for a seed, then the next seed: what is there early can be compared.
+            [(method, seed) for seed in range(config.seeds) for method in config.methods],
+            lambda method, seed: Training(config, prepared, method, seed),
+            epochs=config.epochs,
+            epoch_length=len(splits["train"]),
+            unit="crop",
+            line=_line_of,
+            saved=lambda training: training.save_models(session.folder),
+        )
+        report = Report.of(
+            prepared.data,
+            splits=splits,
+            config=session.config,
+            command=session.command,
+            environment=session.environment,
+            selection=_selection(config, splits),
+            done=session.done,
+        )
+        table = write_report(report, session.folder)
+        if predict is not None:
+            _predict(session.folder, config, prepared, predict)
+    except KeyboardInterrupt:
+        again = session.how_to_continue("benchmarks.brats")
+        print(f"\ninterrupted; to continue:\n  {again}", file=sys.stderr)
+        return 130
+    except Diverged as error:
+        print(f"benchmarks.brats: {error}", file=sys.stderr)
+        return 1
+    session.close()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an ASCII terminal has no circles
+    print(table)
+    print(f"written to {session.folder}")
+    return 0
+
+
+def _selection(config: Config, splits: Mapping[str, Sequence[str]]) -> str:
+    if not splits["valid"]:
+        return "Tested: the last epoch; this split has no validation cases."
+    return (
+        "Tested: the epoch with the highest Dice on the validation split, mean over cases, "
+        f"combinations and regions, of every {config.validate_every}th epoch and the last."
+    )
+
+
+def _line_of(result: Mapping[str, Any]) -> str:
+    values = [
+        region["dice"]
+        for combinations in result["test"].values()
+        for regions in combinations.values()
+        for region in regions.values()
+    ]
+    valid = "no validation" if result["valid_dice"] is None else f"{result['valid_dice']:.3f}"
+    return (
+        f"{result['method']}, seed {result['seed']}: epoch {result['best_epoch']}, valid Dice "
+        f"{valid}, test Dice {math.fsum(values) / len(values):.3f}, mean over combinations "
+        f"({result['seconds']:.0f} s)"
+    )
+
+
+def _predict(folder: Path, config: Config, prepared: Prepared, out: Path) -> None:
+    """Segment the test cases, each from all modalities it has, with every training's best model."""
+    trainings = [(method, seed) for method in config.methods for seed in range(config.seeds)]
+    cases = prepared.split["test"]
+    with tqdm(
+        total=len(trainings) * len(cases),
+        desc="segmenting",
+        unit="case",
+        disable=not sys.stderr.isatty(),
+    ) as bar:
+        for method, seed in trainings:
+            model = load_model(model_file(folder, "best", method, seed)).to(config.device)
+            below = out / f"{method}-seed{seed}"
+            below.mkdir(exist_ok=True)
+            for index, case in enumerate(cases):
+                logits = case_logits(model, prepared.datasets["test"][index], config)
+                mask = mean_of(logits, list(logits)) > 0
+                path = below / f"{case.name}.nii.gz"
+                write_segmentation(path, mask, prepared.data.regions, case)
+                bar.update()
+    print(f"segmentations written to {out}", file=sys.stderr)
+
+
+# --- data ----------------------------------------------------------------------------------------
+
+
+def _prepare(parser: argparse.ArgumentParser, config: Config) -> Prepared:
+    """Find, check and divide the cases; anything wrong ends the program here."""
+    folder, source = Path(config.cache_folder), "--data"
+    try:
+        source = "--regions"
+        regions = read_regions(config.regions)
+        source = "--data"
+        if config.data is None:
+            source = "--cache-folder"
+            where = write_phantoms(
+                folder / "phantoms",
+                cases=config.phantoms,
+                size=PHANTOM_SIZE,
+                seed=PHANTOM_SEED,
+                progress=sys.stderr.isatty(),
+            )
+        else:
+            where = Path(config.data)
+        data = load_folder(
+            where,
+            regions,
+            allow_missing=config.allow_missing,
+            workers=config.workers or os.cpu_count() or 1,
+            phantom=config.data is None,
+            progress=sys.stderr.isatty(),
+        )
+        source = "--split"
+        split = _split(data, config)
+        for name in ("train", "test"):
+            if not split[name]:
+                raise ValueError(f"no case in {name}; this benchmark needs some")
+        source = "--cache"
+        datasets = {
+            name: make_dataset(
+                cases,
+                regions,
+                normalisation=config.normalisation,
+                cache=config.cache,
+                cache_folder=folder / "volumes",
+            )
+            for name, cases in split.items()
+        }
+    except ValueError as error:
+        parser.error(f"argument {source}: {error}")
+    except OSError as error:
+        parser.error(f"argument {source}: cannot use {error.filename}: {error.strerror}")
+    return Prepared(data, split, datasets)
+
+
+def _split(data: BratsData, config: Config) -> dict[str, Any]:
+    if config.split == "folds":
+        return split_cases(data, seed=0, folds=config.folds, fold=config.fold)
+    if config.split == "acn":
+        return acn_split(data)
+    return read_split(data, Path(config.split))
+
+
+def _versions() -> dict[str, str]:
+    return results.environment(["numpy", "scipy", "monai", "nibabel", "matplotlib"])
+
+
+# --- dry run -------------------------------------------------------------------------------------
+
+
+def _checked(config: Config, prepared: Prepared) -> str:
+    """What a run would take: sizes, memory, time. The data are good, or we would not be here."""
+    cpu = torch.device(config.device).type == "cpu"
+    crop = min(config.crop, MEASURED_CROP) if cpu else config.crop
+    small = dataclasses.replace(config, crop=crop)
+    scale = (config.crop / crop) ** 3
+    training = Training(small, prepared, config.methods[-1], 0)
+    n = sum(parameter.numel() for parameter in training.model.parameters())
+    m = len(training.sampler())
+    kept, step_seconds = _measured_step(training, prepared, small)
+    windows, window_seconds = _measured_windows(training, prepared, small)
+    runs = len(config.methods) * config.seeds
+    steps = runs * config.epochs * training.steps_per_epoch
+    validations = runs * math.ceil(config.epochs / config.validate_every)
+    valid_windows = validations * windows["valid"]
+    test_windows = runs * windows["test"]
+    train_time = steps * step_seconds * scale
+    window_time = (valid_windows + test_windows) * window_seconds * scale
+    voxels = sum(math.prod(case.shape) for cases in prepared.split.values() for case in cases)
+    cached = voxels * (4 * len(MODALITIES) + len(prepared.data.regions))
+    cases = prepared.data.cases
+    shapes = sorted({case.shape for case in cases})
+    sizes = ", ".join(" x ".join(map(str, shape)) for shape in shapes[:3])
+    more = f" and {len(shapes) - 3} more" if len(shapes) > 3 else ""
+    incomplete = sum(len(case.files) < len(MODALITIES) for case in cases)
+    measured = "" if scale == 1 else f" (from a step of {crop}^3, scaled by voxels)"
+    lines = {
+        "data": f"{len(cases)} cases in {prepared.data.source}, all read and checked; "
+        f"SHA-256 {prepared.data.digest[:12]}",
+        "voxels": f"{sizes}{more}; {incomplete} cases lack a modality",
+        "regions": ", ".join(f"{k} = {{{','.join(map(str, v))}}}"
+                             for k, v in prepared.data.regions.items()),
+        "split": ", ".join(f"{name} {len(part)}" for name, part in prepared.split.items()),
+        "trainings": f"{runs} ({', '.join(config.methods)}; seeds {config.seeds}), "
+        f"{config.epochs} epochs of {training.steps_per_epoch} steps, {m} losses each",
+        "parameters": f"{n:,}, of which {n - _shared(training):,} private",
+        "memory": f"activations {_gb(kept * scale)}{measured}; "
+        f"gradients at most (m + 1) n = {_gb(4 * (m + 1) * n)}; "
+        f"parameters and optimizer {_gb(4 * 3 * n)}; "
+        + (f"volumes {_gb(cached)}" if config.cache == "memory" else "volumes on disk"),
+        "time": f"training {_duration(train_time)} ({step_seconds * scale:.2g} s a step), "
+        f"validation and test {_duration(window_time)} without surface distances, on this machine "
+        f"as busy as it is now{measured}",
+    }  # fmt: skip
+    width = max(map(len, lines))
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
+
+
+def _measured_step(training: Training, prepared: Prepared, config: Config) -> tuple[int, float]:
+    """Bytes that the forward of one micro-batch keeps for the backward; seconds of a step."""
+    batches = training_batches(
+        prepared.datasets["train"],
+        crop=config.crop, batch_size=config.batch_size, seed=0, epoch=0,
+    )  # fmt: skip
+    batch = next(iter(batches))
+    storages: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        training.losses(batch, training.sampler(), 1)
+    kept = sum(storages.values())
+    training.step([batch])  # the first one also sets up
+    started = time.perf_counter()
+    training.step([batch] * config.accumulate)  # reads the loss: the device has finished
+    return kept, time.perf_counter() - started
+
+
+def _measured_windows(
+    training: Training, prepared: Prepared, config: Config
+) -> tuple[dict[str, int], float]:
+    """How many windows the cases of each split take, and seconds of one."""
+    volume = torch.randn(len(MODALITIES), *[config.crop] * 3)
+    sample = {"volume": volume, "available": torch.ones(len(MODALITIES), dtype=torch.bool)}
+    case_logits(training.model, sample, config)
+    started = time.perf_counter()
+    case_logits(training.model, sample, config)
+    seconds = time.perf_counter() - started
+    stride = config.crop * (1 - OVERLAP)
+    windows = {
+        name: sum(
+            math.prod(max(1, math.ceil((size - config.crop) / stride) + 1) for size in case.shape)
+            for case in cases
+        )
+        for name, cases in prepared.split.items()
+    }
+    return windows, seconds
+
+
+def _shared(training: Training) -> int:
+    return sum(parameter.numel() for parameter in training.model.shared_parameters())
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+# --- command line --------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    presets = {name: make() for name, make in PRESETS.items()}
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.brats",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # absent unless given: presets and --resume must tell
+    )
+
+    def add(name: str, kind: Callable[[str], Any], text: str, **more: Any) -> None:
+        field = name[2:].replace("-", "_")
+        values = [_shown(getattr(config, field)) for config in presets.values()]
+        if len(set(values)) > 1:
+            default = ", ".join(f"{k}: {v}" for k, v in zip(presets, values, strict=True))
+        else:
+            default = values[0]
+        parser.add_argument(name, type=kind, help=f"{text} (default: {default})", **more)
+
+    def flag(name: str, text: str) -> None:
+        parser.add_argument(name, action="store_true", help=text)
+
+    add("--preset", str, "all other defaults", choices=list(PRESETS))
+    add("--data", absolute, "folder of cases; without it, phantoms", metavar="FOLDER")
+    add("--regions", str, 'region to labels; BraTS 2023: "WT=1,2,3 TC=1,3 ET=3"', metavar="TEXT")
+    flag("--allow-missing", "train and test on cases that lack modality files, too")
+    add("--phantoms", positive_int, "cases to generate without --data", metavar="N")
+    add("--normalisation", str, "of each volume", choices=list(NORMALISATIONS))
+    add("--split", _split_argument, "folds, acn (the released protocol), or a JSON file of names",
+        metavar="SPLIT")  # fmt: skip
+    add("--folds", positive_int, "of --split folds", metavar="N")
+    add("--fold", whole, "the one that is tested; the next one validates", metavar="N")
+    add("--cache", str, "where normalised volumes are kept", choices=list(CACHES))
+    add("--cache-folder", absolute, "for phantoms and --cache disk", metavar="FOLDER")
+    add("--methods", methods, f"comma-separated, of {', '.join(RULES)}", metavar="LIST")
+    add("--combinations", combinations_of(MODALITIES), "trained on: all, singles, or k=N per step")
+    add("--scope", str, "where conflicts are measured and removed", choices=["shared", "all"])
+    add("--reduction", str, "of the losses", choices=["mean", "sum", "released"])
+    add("--seeds", positive_int, "number of seeds, from 0 on", metavar="N")
+    add("--epochs", positive_int, "passes over train, one crop of every case", metavar="N")
+    add("--batch-size", positive_int, "crops per micro-batch", metavar="N")
+    add("--accumulate", positive_int, "micro-batches per step", metavar="N")
+    add("--crop", positive_int, "voxels along each side, in training and inference", metavar="N")
+    add("--loss", str, "of each combination", choices=list(LOSSES))
+    add("--optimizer", str, "what the decoupling wraps", choices=list(OPTIMIZERS))
+    add("--lr", positive_float, "learning rate at the start", metavar="X")
+    add("--weight-decay", from_zero, "of the optimizer", metavar="X")
+    add("--schedule", str, "of the learning rate, over all steps", choices=list(SCHEDULES))
+    add("--clip-norm", positive_float, "clip the merged gradient to this norm", metavar="X")
+    add("--validate-every", positive_int, "epochs between validations", metavar="N")
+    add("--width", positive_int, "channels of the first level, a multiple of 8", metavar="N")
+    add("--private-encoder-levels", whole, "of each modality's own, 0 to 5", metavar="N")
+    flag("--checkpointing", "recompute activations in the backward: less memory, more time")
+    add("--amp", str, "autocast to", choices=list(AMP))
+    flag("--compile", "compile the network's blocks")
+    add("--device", _device, "cpu, cuda, cuda:1, ...", metavar="DEVICE")
+    add("--workers", whole, "processes that read and crop", metavar="N")
+    add("--threads", positive_int, "of torch; sums depend on it", metavar="N")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="result folder (default: results/brats-DATE)"
+    )
+    parser.add_argument(
+        "--resume", type=Path, metavar="DIR", help="continue the interrupted run in DIR"
+    )
+    parser.add_argument(
+        "--predict", type=Path, metavar="OUT",
+        help="write segmentations of the test cases to OUT/METHOD-seedN/CASE.nii.gz, from all "
+        "modalities a case has; also with --resume of a finished run",
+    )  # fmt: skip
+    flag("--check", "check data and configuration, estimate memory and time, and stop")
+    return parser
+
+
+def _shown(value: Any) -> str:
+    return ",".join(value) if isinstance(value, tuple) else str(value)
+
+
+def _split_argument(text: str) -> str:
+    return text if text in ("folds", "acn") else absolute(text)
+
+
+def _device(text: str) -> str:
+    try:
+        device = torch.device(text)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here: {reason}") from None
+    return str(device)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,694 @@
+"""The BraTS benchmark's configuration and its presets, training, and inference.
+
+Nothing here knows result folders or the command line: see ``benchmarks.brats``.
+"""
+
+import itertools
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import torch
+from monai.inferers.utils import sliding_window_inference
+from monai.losses.dice import DiceLoss
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from benchmarks.brats_data import MODALITIES, BratsData, Case
+from benchmarks.brats_metrics import case_scores, hard_dice
+from benchmarks.brats_report import upright
+from benchmarks.brats_volumes import training_batches
+from benchmarks.checkpoint import load_checkpoint, save_checkpoint
+from benchmarks.methods import RULES, sampler_of
+from benchmarks.session import Diverged
+from gradsplit import ModalityDecoupledOptimizer, modality_combinations
+from reference_models.unet3d import DynamicSharingUNet3d, UNet3dConfig
+
+__all__ = [
+    "AMP",
+    "LOSSES",
+    "OPTIMIZERS",
+    "PRESETS",
+    "SCHEDULES",
+    "Config",
+    "Prepared",
+    "Training",
+    "case_logits",
+    "load_model",
+    "mean_of",
+    "model_file",
+    "paper",
+    "quick",
+    "released",
+    "segmentation_loss",
+]
+
+Combination = tuple[str, ...]
+Sample = dict[str, Any]
+
+COMBINATIONS = modality_combinations(MODALITIES)
+NAMES = ["+".join(combination) for combination in COMBINATIONS]
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "sgd": torch.optim.SGD,
+}
+SCHEDULES = ("poly", "cosine", "constant")
+LOSSES = ("dice+bce", "dice")
+AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+POLY_POWER = 0.9
+OVERLAP = 0.25  # of neighbouring windows in inference
+
+
+def _user_cache() -> str:
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return str(Path(home) / "gradsplit")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides the numbers. The defaults are the preset :func:`quick`."""
+
+    preset: str = "quick"
+    data: str | None = None
+    regions: str = "WT=1,2,4 TC=1,4 ET=4"
+    allow_missing: bool = False
+    phantoms: int = 24
+    normalisation: str = "zscore"
+    split: str = "folds"
+    folds: int = 5
+    fold: int = 0
+    cache: str = "memory"
+    cache_folder: str = field(default_factory=_user_cache)
+    methods: tuple[str, ...] = ("sum", "gmd")
+    combinations: str = "k=5"
+    scope: str = "shared"
+    reduction: str = "mean"
+    seeds: int = 1
+    epochs: int = 40
+    batch_size: int = 2
+    accumulate: int = 1
+    crop: int = 32
+    loss: str = "dice+bce"
+    optimizer: str = "adamw"
+    lr: float = 5e-3
+    weight_decay: float = 0.01
+    schedule: str = "poly"
+    clip_norm: float | None = None
+    validate_every: int = 10
+    width: int = 8
+    private_encoder_levels: int = 0
+    checkpointing: bool = False
+    amp: str = "off"
+    compile: bool = False
+    device: str = "cpu"
+    workers: int = 0
+    threads: int = field(default_factory=torch.get_num_threads)
+
+
+def quick() -> Config:
+    """Minutes on two CPU cores: to see that everything works, not to publish.
+
+    ===================  =====================  =================================================
+    hyperparameter       value                  source
+    ===================  =====================  =================================================
+    combinations         k = 5 sampled          GMD paper
+    scope                shared                 GMD paper
+    reduction            mean                   ours: the step does not grow with k
+    loss                 soft Dice + BCE        ours: learns faster than Dice alone
+    optimizer            AdamW, lr 5e-3,        ours
+                         weight decay 0.01
+    schedule             poly 0.9               GMD's released code, but over all iterations
+    batch, crop          2 crops of 32^3        ours: what a CPU can do
+    width                8                      ours: a quarter of the published multiplications
+    epochs               40, validated every    ours
+                         10 epochs
+    normalisation        z-score, 1-99 %        ours
+    split                fold 0 of 5            ours: a validation split chooses the epoch
+    ===================  =====================  =================================================
+    """
+    return Config()
+
+
+def paper() -> Config:
+    """The GMD paper's method (arXiv 2402.16318); what it leaves open as in its released code.
+
+    ===================  =====================  =================================================
+    hyperparameter       value                  source
+    ===================  =====================  =================================================
+    rule                 gmd (and sum)          paper, Eq. 5-9; sum is the baseline
+    combinations         k = 5 sampled          paper
+    scope                shared                 paper
+    reduction            sum                    paper
+    loss                 soft Dice, smooth 1    released code
+    optimizer            Adam, lr 8e-4,         released code
+                         weight decay 1e-5
+    schedule             poly 0.9               released code, but over all iterations: it resets
+                                                its learning rate every epoch
+    batch, crop          4 crops of 128^3       released code
+    width                16                     released code
+    epochs               600                    released code
+    normalisation        z-score, 1-99 %        ours; the released loader's min-max depends on one
+                                                voxel
+    split                fold 0 of 5            ours: a validation split, on which the epoch is
+                                                chosen every 10 epochs
+    seeds                3                      ours
+    ===================  =====================  =================================================
+    """
+    return Config(
+        preset="paper",
+        methods=("sum", "gmd"),
+        combinations="k=5",
+        scope="shared",
+        reduction="sum",
+        seeds=3,
+        **_LONG,
+    )
+
+
+def released() -> Config:
+    """What GMD's released code runs, as far as it can run, without its slips.
+
+    ===================  =====================  =================================================
+    hyperparameter       value                  source
+    ===================  =====================  =================================================
+    rule                 pcgrad (and sum)       released code; there a row also meets itself
+    combinations         all 15                 released code
+    scope                all                    released code
+    reduction            released               released code: divides by m only what every loss
+                                                reaches
+    loss                 soft Dice, smooth 1    released code
+    optimizer            Adam, lr 8e-4,         released code
+                         weight decay 1e-5
+    schedule             poly 0.9               released code, but over all iterations: it resets
+                                                its learning rate every epoch
+    batch, crop          4 crops of 128^3       released code
+    width                16                     released code
+    epochs               600                    released code
+    normalisation        min-max                released code
+    split                ACN fold 0, 228/57     released code: no validation split, so the last
+                                                epoch is tested
+    seeds                1                      released code
+    ===================  =====================  =================================================
+
+    The shell script published beside that code overrides two of them, with one crop per batch and
+    fewer combinations; ``--batch-size`` and ``--combinations`` follow whichever you compare with.
+    """
+    return Config(
+        preset="released",
+        methods=("sum", "pcgrad"),
+        combinations="all",
+        scope="all",
+        reduction="released",
+        normalisation="minmax",
+        split="acn",
+        **_LONG,
+    )
+
+
+_LONG: dict[str, Any] = {
+    "epochs": 600,
+    "batch_size": 4,
+    "crop": 128,
+    "loss": "dice",
+    "optimizer": "adam",
+    "lr": 8e-4,
+    "weight_decay": 1e-5,
+    "width": 16,
+}
+PRESETS = {"quick": quick, "paper": paper, "released": released}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Checked data, divided, and ready to be read."""
+
+    data: BratsData
+    split: Mapping[str, Sequence[Case]]  # train, valid, test
+    datasets: Mapping[str, "Dataset[Sample]"]  # the same keys
+
+
+# --- model and loss ------------------------------------------------------------------------------
+
+
+def model_config(config: Config, regions: Sequence[str]) -> UNet3dConfig:
+    """The benchmark's network for these regions."""
+    return UNet3dConfig(
+        modalities=MODALITIES,
+        regions=tuple(regions),
+        width=config.width,
+        private_encoder_levels=config.private_encoder_levels,
+        activation_checkpointing=config.checkpointing,
+    )
+
+
+def segmentation_loss(kind: str, logits: Tensor, label: Tensor) -> Tensor:
+    """Scalar loss of (B, R, D, H, W) logits and {0, 1} labels, computed in float32.
+
+    ``"dice"``: soft Dice with smooth 1, voxels of the whole batch pooled per region, the mean over
+    regions. ``"dice+bce"``: that plus the binary cross entropy of all voxels.
+    """
+    logits, target = logits.float(), label.float()
+    dice = DiceLoss(sigmoid=True, batch=True, smooth_nr=1.0, smooth_dr=1.0)
+    loss: Tensor = dice(logits, target)
+    if kind == "dice+bce":
+        loss = loss + F.binary_cross_entropy_with_logits(logits, target)
+    return loss
+
+
+def autocast(config: Config) -> torch.autocast:
+    device = torch.device(config.device).type
+    return torch.autocast(device, AMP[config.amp] or torch.bfloat16, config.amp != "off")
+
+
+# --- inference -----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def case_logits(model: DynamicSharingUNet3d, sample: Sample, config: Config) -> dict[str, Tensor]:
+    """Logits of a whole case from each modality it has, at its own resolution.
+
+    Windows of the training crop's size slide over the box that holds all nonzero voxels of any
+    modality (the brain); outside of it nothing is predicted: the logit there is -inf. The network
+    fuses modalities by the mean of their logits, and windows are blended linearly: the mean of what
+    is returned here over a combination is the network's output for it. So one pass over the
+    available modalities serves all combinations.
+
+    Args:
+        model: on the device of ``config``, in whatever mode.
+        sample: of a dataset: ``volume`` (M, D, H, W), ``available`` (M,).
+        config: the crop, the device, and amp.
+
+    Returns:
+        modality -> (R, D, H, W) float32 on the CPU, available modalities only.
+    """
+    volume, available = sample["volume"], sample["available"].tolist()
+    names = list(itertools.compress(MODALITIES, available))
+    box = _foreground(volume)
+    inside = volume[(torch.tensor(available), *box)].contiguous()[None]  # (1, A, d, h, w)
+
+    def branches(windows: Tensor) -> Tensor:  # (b, A, c, c, c) -> (b, A * R, c, c, c)
+        parts = dict(zip(names, windows.split(1, dim=1), strict=True))
+        with autocast(config):
+            logits: Tensor = model(parts, combinations=[(name,) for name in names])
+        return logits.float().transpose(0, 1).flatten(1, 2)
+
+    stitched = sliding_window_inference(
+        inside,
+        roi_size=config.crop,
+        sw_batch_size=1,
+        predictor=branches,
+        overlap=OVERLAP,
+        mode="gaussian",
+        sw_device=config.device,
+        device="cpu",
+    )
+    assert isinstance(stitched, Tensor)
+    parts = stitched[0].unflatten(0, (len(names), -1))  # (A, R, d, h, w)
+    logits = {}
+    for name, part in zip(names, parts, strict=True):
+        whole = part.new_full((part.shape[0], *volume.shape[1:]), -math.inf)
+        whole[(slice(None), *box)] = part
+        logits[name] = whole
+    return logits
+
+
+def mean_of(logits: Mapping[str, Tensor], combination: Sequence[str]) -> Tensor:
+    """(R, D, H, W): the output for a combination, from :func:`case_logits`."""
+    return torch.stack([logits[name] for name in combination]).mean(0)
+
+
+def _foreground(volume: Tensor) -> tuple[slice, slice, slice]:
+    """The smallest box that holds every nonzero voxel of (M, D, H, W); all of it where none is."""
+    inside = (volume != 0).any(0)
+    slices = []
+    for axis in range(3):
+        others = [other for other in range(3) if other != axis]
+        occupied = inside.any(others[1]).any(others[0]).nonzero().flatten().tolist()
+        slices.append(slice(occupied[0], occupied[-1] + 1) if occupied else slice(None))
+    return slices[0], slices[1], slices[2]
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+class Training:
+    """One model in training: a method and a seed. All that changes is in ``state_dict``."""
+
+    def __init__(self, config: Config, prepared: Prepared, method: str, seed: int) -> None:
+        self.config = config
+        self.prepared = prepared
+        self.method = method
+        self.seed = seed
+        self.device = torch.device(config.device)
+        self.epoch = 0
+        self.seconds = 0.0
+        self.skipped = 0  # steps that the GradScaler skipped
+        self.history: list[dict[str, float | None]] = []
+        self.gramians: list[Tensor] = []  # (m, m) per merge
+        self.weights: list[Tensor] = []  # (m,) per merge
+        self.trained: list[Tensor] = []  # (m,) per merge: which of NAMES the rows belong to
+        self.tested: dict[str, Any] = {}  # case -> scores, filled by finish()
+        torch.manual_seed(seed)  # the same initial weights for every method
+        self.model = DynamicSharingUNet3d(model_config(config, list(prepared.data.regions)))
+        self.model.to(self.device)
+        if config.compile:
+            _compile_blocks(self.model)
+        self.optimizer = ModalityDecoupledOptimizer(
+            OPTIMIZERS[config.optimizer](
+                self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay
+            ),
+            rule=RULES[method],
+            scope=config.scope,
+            reduction=config.reduction,
+            seed=seed,
+        )
+        batches = math.ceil(len(prepared.split["train"]) / config.batch_size)
+        self.steps_per_epoch = math.ceil(batches / config.accumulate)
+        self.schedule = _schedule(
+            self.optimizer, config.schedule, config.epochs * self.steps_per_epoch
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
+        self.sampler = sampler_of(method, config.combinations, MODALITIES, seed)
+        self.best_epoch = 0
+        self.best_dice: float | None = None
+        self.best_model: dict[str, Tensor] = {}
+
+    def train_epoch(self, progress: Any) -> None:
+        """One crop of every training case; then, when its turn has come, validation."""
+        started = time.perf_counter()
+        batches = training_batches(
+            self.prepared.datasets["train"],
+            crop=self.config.crop,
+            batch_size=self.config.batch_size,
+            seed=self.seed,
+            epoch=self.epoch,
+            workers=self.config.workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        losses = []
+        self.model.train()
+        for window in _windows(iter(batches), self.config.accumulate):
+            losses.append(self.step(window))
+            if not progress.disable:
+                report = self.optimizer.last
+                assert report is not None
+                conflicts = f"{report.conflict_rate():.0%}"
+                progress.set_postfix(loss=f"{losses[-1]:.3f}", conflicts=conflicts, refresh=False)
+            progress.update(sum(len(batch["name"]) for batch in window))
+        self.epoch += 1
+        self.history.append(
+            {
+                "train_loss": math.fsum(losses) / len(losses),
+                "lr": self.optimizer.param_groups[0]["lr"],
+                "valid_dice": self._validate(),
+            }
+        )
+        self.seconds += time.perf_counter() - started
+
+    def step(self, window: Sequence[Sample]) -> float:
+        """One optimizer step over some micro-batches; returns the mean loss."""
+        combinations = self.sampler()
+        self.optimizer.zero_grad()
+        for batch in window[:-1]:
+            self.optimizer.accumulate(self.losses(batch, combinations, len(window)))
+        report = self.optimizer.backward(self.losses(window[-1], combinations, len(window)))
+        if self.config.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.schedule.step()
+        mean = float(report.losses.mean()) / scale
+        if not math.isfinite(mean):
+            raise Diverged("the loss is not a finite number")
+        if self.scaler.get_scale() < scale:  # a gradient overflowed: angles mean nothing
+            self.skipped += 1
+        else:
+            self.gramians.append(report.gramian.cpu() / scale**2)
+            self.weights.append(report.weights.cpu())
+            self.trained.append(torch.tensor([NAMES.index(name) for name in report.names]))
+        return mean
+
+    def losses(
+        self, batch: Sample, combinations: Sequence[Combination], micro_batches: int
+    ) -> dict[str | Combination, Tensor | None]:
+        """One loss per combination, over the samples that have all of its modalities."""
+        volume = batch["volume"].to(self.device, non_blocking=True)
+        label = batch["label"].to(self.device, non_blocking=True)
+        available: Tensor = batch["available"]  # on the CPU: it decides what runs
+        complete = bool(available.all())
+        with autocast(self.config):
+            logits, _ = self.model(
+                volume, None if complete else available, combinations, return_valid=True
+            )  # (C, B, R, D, H, W)
+        losses: dict[str | Combination, Tensor | None] = {}
+        for number, combination in enumerate(combinations):
+            columns = [MODALITIES.index(name) for name in combination]
+            has = available[:, columns].all(1)
+            if not has.any():
+                losses[combination] = None
+                continue
+            one, target = logits[number], label
+            if not has.all():
+                one, target = one[has.to(one.device)], label[has.to(label.device)]
+            loss = segmentation_loss(self.config.loss, one, target) / micro_batches
+            losses[combination] = self.scaler.scale(loss)
+        return losses
+
+    # -- validation and test -----------------------------------------------------------------------
+
+    def _validate(self) -> float | None:
+        """Mean hard Dice over validation cases, combinations and regions; keeps the best model."""
+        last = self.epoch == self.config.epochs
+        if not self.prepared.split["valid"]:
+            if last:
+                self._keep_best(None)
+            return None
+        if self.epoch % self.config.validate_every and not last:
+            return None
+        values = []
+        for sample in self._samples("valid"):
+            logits = case_logits(self.model, sample, self.config)
+            for combination in _of(logits):
+                predicted = mean_of(logits, combination) > 0
+                values += hard_dice(predicted, sample["label"] > 0)
+        dice = math.fsum(values) / len(values)
+        if self.best_dice is None or dice > self.best_dice:
+            self._keep_best(dice)
+        return dice
+
+    def _keep_best(self, dice: float | None) -> None:
+        self.best_epoch, self.best_dice = self.epoch, dice
+        self.best_model = {
+            name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()
+        }
+
+    def _samples(self, split: str) -> Iterator[Sample]:
+        self.model.eval()
+        dataset = self.prepared.datasets[split]
+        for index in range(len(self.prepared.split[split])):
+            yield dataset[index]
+
+    def finish(self, save: Callable[[], None]) -> dict[str, Any]:
+        """Test the best model on every case and combination; ``save`` is called after each case."""
+        started = time.perf_counter()
+        self.model.load_state_dict(self.best_model)
+        slices: dict[str, Any] = {}
+        shown = shown_case(self.prepared)
+        regions = list(self.prepared.data.regions)
+        for case, sample in zip(self.prepared.split["test"], self._samples("test"), strict=True):
+            if case.name in self.tested and case.name != shown:
+                continue
+            logits = case_logits(self.model, sample, self.config)
+            if case.name == shown:
+                slices = case_slices(case, sample, logits)
+            if case.name not in self.tested:
+                self.tested[case.name] = {
+                    "+".join(combination): case_scores(
+                        mean_of(logits, combination), sample["label"], case.spacing, regions
+                    )
+                    for combination in _of(logits)
+                }
+                self.seconds += time.perf_counter() - started
+                started = time.perf_counter()
+                save()
+        result = {
+            "method": self.method,
+            "seed": self.seed,
+            "best_epoch": self.best_epoch,
+            "valid_dice": self.best_dice,
+            "skipped_steps": self.skipped,
+            "test": self.tested,
+            "history": self.history,
+            "seconds": round(self.seconds, 1),
+        }
+        return {"result": result, "records": self.records(), "slices": slices}
+
+    # -- what is kept ------------------------------------------------------------------------------
+
+    def records(self) -> dict[str, Tensor]:
+        """What every merge saw: Gramians (S, m, m), weights (S, m), combinations (S, m).
+
+        Of merges in which some combination had no sample, which may be with incomplete cases, the
+        missing rows are NaN and their combination is -1.
+        """
+        m = max(len(row) for row in self.weights)
+        return {
+            "gramians": torch.stack([_padded(one, m, math.nan) for one in self.gramians]),
+            "weights": torch.stack([_padded(one, m, math.nan) for one in self.weights]),
+            "trained": torch.stack([_padded(one, m, -1) for one in self.trained]),
+        }
+
+    def save_models(self, folder: Path) -> None:
+        """Write the best and the last model, for whoever wants to use them."""
+        last = {name: tensor.cpu() for name, tensor in self.model.state_dict().items()}
+        for kind, epoch, weights in (
+            ("best", self.best_epoch, self.best_model),
+            ("last", self.epoch, last),
+        ):
+            if weights:
+                content = {
+                    "model_config": asdict(self.model.config),
+                    "model": weights,
+                    "method": self.method,
+                    "seed": self.seed,
+                    "epoch": epoch,
+                }
+                save_checkpoint(model_file(folder, kind, self.method, self.seed), content)
+
+    def state_dict(self) -> dict[str, Any]:
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        return {
+            "method": self.method,
+            "seed": self.seed,
+            "epoch": self.epoch,
+            "seconds": self.seconds,
+            "skipped": self.skipped,
+            "history": self.history,
+            "gramians": self.gramians,
+            "weights": self.weights,
+            "trained": self.trained,
+            "tested": self.tested,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "sampler": self.sampler.state_dict(),
+            "best": {"epoch": self.best_epoch, "dice": self.best_dice, "model": self.best_model},
+            "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch = state["epoch"]
+        self.seconds = state["seconds"]
+        self.skipped = state["skipped"]
+        self.history = state["history"]
+        self.gramians = state["gramians"]
+        self.weights = state["weights"]
+        self.trained = state["trained"]
+        self.tested = state["tested"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.sampler.load_state_dict(state["sampler"])
+        best = state["best"]
+        self.best_epoch, self.best_dice, self.best_model = (
+            best["epoch"],
+            best["dice"],
+            best["model"],
+        )
+        torch.set_rng_state(state["random"]["cpu"])
+        if state["random"]["cuda"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
+
+
+def model_file(folder: Path, kind: str, method: str, seed: int) -> Path:
+    """Where the ``kind`` ("best" or "last") model of a training lies."""
+    return folder / f"{kind}-{method}-seed{seed}.pt"
+
+
+def load_model(path: Path) -> DynamicSharingUNet3d:
+    """A model that :meth:`Training.save_models` wrote. Raises OSError, ValueError."""
+    content = load_checkpoint(path)
+    model = DynamicSharingUNet3d(UNet3dConfig(**content["model_config"]))
+    model.load_state_dict(content["model"])
+    return model.eval()
+
+
+def shown_case(prepared: Prepared) -> str:
+    """The test case in the picture: the first that has all modalities, or else the first."""
+    cases = prepared.split["test"]
+    complete = [case for case in cases if len(case.files) == len(MODALITIES)]
+    return (complete or list(cases))[0].name
+
+
+def case_slices(case: Case, sample: Sample, logits: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The slice (along the last axis) in which the first region is largest, for the picture."""
+    label = sample["label"]
+    index = int(label[0].sum((0, 1)).argmax())
+    segmentation: Any = nibabel.load(case.segmentation)
+    affine = segmentation.affine
+    combinations = [tuple(logits), *((name,) for name in logits)]
+    return {
+        "case": case.name,
+        "index": index,
+        "volumes": upright(sample["volume"][..., index], affine),
+        "truth": upright(label[..., index], affine),
+        "predictions": {
+            "+".join(combination): upright(
+                (mean_of(logits, combination)[..., index] > 0).byte(), affine
+            )
+            for combination in combinations
+        },
+    }
+
+
+def _of(logits: Mapping[str, Tensor]) -> list[Combination]:
+    """The combinations that a case with these modalities has."""
+    return [combination for combination in COMBINATIONS if set(combination) <= set(logits)]
+
+
+def _padded(tensor: Tensor, m: int, value: float) -> Tensor:
+    padding = [0, m - tensor.shape[0]] * tensor.dim()
+    return F.pad(tensor, padding, value=value)
+
+
+def _windows(batches: Iterator[Sample], size: int) -> Iterator[list[Sample]]:
+    """Groups of ``size`` batches, one optimizer step each; the last one may be smaller."""
+    while window := list(itertools.islice(batches, size)):
+        yield window
+
+
+def _schedule(
+    optimizer: torch.optim.Optimizer, kind: str, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """One that reaches its end at the last of all steps, not at the end of an epoch."""
+    if kind == "poly":
+        return torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, POLY_POWER)
+    if kind == "cosine":
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, _constant)
+
+
+def _constant(step: int) -> float:
+    return 1.0
+
+
+def _compile_blocks(model: DynamicSharingUNet3d) -> None:
+    """Block by block: one graph of the whole model would join the combinations."""
+    # Each block is compiled once per modality, and one function serves all blocks.
+    blocks = [*model.encoder, *model.decoder]
+    torch._dynamo.config.recompile_limit = max(
+        torch._dynamo.config.recompile_limit, 4 * len(MODALITIES) * len(blocks)
+    )
+    for block in blocks:
+        block.compile()

@@ -1,0 +1,236 @@
+"""What every benchmark reports beside its scores: what the gradients did, and who beats the sum.
+
+Everything is computed from the records of the merges and from finished scores. A record is a
+mapping of ``gramians`` (S, m, m), ``weights`` (S, m) and ``trained`` (S, m): for every training
+step, the Gramian, the weights of the rule, and which combination each row belongs to (an index
+into the benchmark's list of names; -1 where a step had fewer than m rows).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.stats import t as student_t
+from torch import Tensor
+
+from benchmarks import results
+from benchmarks.pictures import draw_angles, draw_curves
+from gradsplit import Decoupling
+
+__all__ = [
+    "compare",
+    "diagnose",
+    "diagnose_all",
+    "draw_gradients",
+    "gradient_table",
+    "merged_angles",
+    "summarise_gradients",
+]
+
+Array = npt.NDArray[np.float64]
+
+RECORDS = ("gramians", "weights", "trained")
+
+
+# --- measures ------------------------------------------------------------------------------------
+
+
+def diagnose(records: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Array]:
+    """Per step: angles between rows and to the merged gradient, shares, dominance, conflicts.
+
+    Args:
+        records: of one training, see the top of this file.
+        names: of the combinations that ``trained`` points to.
+
+    Returns:
+        ``pairs`` (S, m(m-1)/2) and ``merged`` (S, m) in degrees, ``shares`` (S, len(names)), and
+        ``dominance``, ``conflicts`` and ``alignment`` (S,). NaN stands for what a step had not:
+        combinations that were not drawn, and the measures of a pair where there was one row.
+    """
+    size = records["weights"].shape[1]
+    rows: dict[str, list[Any]] = {
+        key: [] for key in ("pairs", "merged", "shares", "dominance", "conflicts", "alignment")
+    }
+    for gramian, weights, trained in zip(*(records[key] for key in RECORDS), strict=True):
+        there = trained >= 0
+        gramian, weights, trained = gramian[there][:, there], weights[there], trained[there]
+        present = tuple(names[i] for i in trained.tolist())
+        seen = Decoupling(present, (), gramian.new_zeros(len(present)), gramian, weights)
+        scalars = seen.as_scalars(prefix="")
+        shares = np.full(len(names), np.nan)
+        shares[trained.numpy()] = seen.shares().numpy()
+        rows["pairs"].append(_padded(seen.angles(), size * (size - 1) // 2))
+        rows["merged"].append(_padded(merged_angles(gramian, weights), size))
+        rows["shares"].append(shares)
+        rows["dominance"].append(scalars.get("dominance_max", math.nan))
+        rows["conflicts"].append(scalars["conflict_rate"] if len(present) > 1 else math.nan)
+        rows["alignment"].append(scalars["alignment"])
+    return {key: np.array(values, dtype=np.float64) for key, values in rows.items()}
+
+
+def _padded(values: Tensor, size: int) -> Array:
+    return np.pad(values.double().numpy(), (0, size - len(values)), constant_values=np.nan)
+
+
+def merged_angles(gramian: Tensor, weights: Tensor) -> Tensor:
+    """(m,): angle in degrees between each row and w^T J; 90 where one of the two is zero.
+
+    <g_i, w^T J> = (K w)_i and ||w^T J||^2 = w^T K w: the rows themselves are not needed.
+    """
+    inner = gramian @ weights
+    scale = (gramian.diagonal() * (weights @ inner).clamp(min=0.0)).sqrt()
+    cosine = torch.where(scale > 0, inner / scale, 0.0).clamp(-1.0, 1.0)
+    return cosine.acos().rad2deg()
+
+
+def diagnose_all(
+    done: Sequence[Mapping[str, Any]], names: Sequence[str]
+) -> dict[str, dict[str, Array]]:
+    """By method: :func:`diagnose` of its trainings, stacked: each array gains a first axis, seeds.
+
+    Args:
+        done: one ``{"result": {"method": ..., ...}, "records": ...}`` per training, by seed.
+        names: as in :func:`diagnose`. Methods whose steps all had a single row are left out.
+    """
+    by_method: dict[str, list[dict[str, Array]]] = {}
+    for one in done:
+        if bool(((one["records"]["trained"] >= 0).sum(1) > 1).any()):
+            seen = diagnose(one["records"], names)
+            by_method.setdefault(one["result"]["method"], []).append(seen)
+    return {
+        method: {key: np.stack([run[key] for run in runs]) for key in runs[0]}
+        for method, runs in by_method.items()
+    }
+
+
+def summarise_gradients(
+    seen: Mapping[str, Array], names: Sequence[str], epochs: int
+) -> dict[str, Any]:
+    """The part of :func:`diagnose` that goes into a result file: per epoch, and histograms."""
+    bins = np.arange(0, 181, 5)
+    per_epoch = {
+        key: [_mean_or_none(part) for part in np.array_split(seen[key], epochs)]
+        for key in ("dominance", "conflicts", "alignment")
+    }
+    shares = {
+        name: [_mean_or_none(part) for part in np.array_split(seen["shares"][:, number], epochs)]
+        for number, name in enumerate(names)
+    }
+    angles = {key: seen[key][np.isfinite(seen[key])] for key in ("pairs", "merged")}
+    return {
+        "per_epoch": {**per_epoch, "shares": shares},
+        "angle_bins": bins.tolist(),
+        "angle_counts": {
+            key: np.histogram(values, bins=bins)[0].tolist() for key, values in angles.items()
+        },
+        "above_90": {key: _mean_or_none(values > 90) for key, values in angles.items()},
+    }
+
+
+def _mean_or_none(values: npt.NDArray[Any]) -> float | None:
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else None
+
+
+# --- tables and pictures -------------------------------------------------------------------------
+
+
+def gradient_table(seen: Mapping[str, Mapping[str, Array]], names: Sequence[str]) -> str:
+    """A Markdown table with a row per method of :func:`diagnose_all`, over all steps and seeds."""
+    rows = []
+    for method, arrays in seen.items():
+        shares = [
+            _mean_or_none(column) or 0.0 for column in arrays["shares"].reshape(-1, len(names)).T
+        ]
+        largest = int(np.argmax(shares))
+        merged = arrays["merged"][np.isfinite(arrays["merged"])]
+        rows.append(
+            [
+                method,
+                f"{np.nanmean(arrays['conflicts']):.1%}",
+                f"{(merged > 90).mean():.1%}",
+                f"{np.nanmedian(arrays['dominance']):.2f}",
+                f"{np.nanmean(arrays['alignment']):.4f}",
+                f"{names[largest]} ({shares[largest]:.0%})",
+            ]
+        )
+    header = [
+        "method",
+        "pairs in conflict",
+        "rows opposed by the merged update",
+        "largest dominance (median)",
+        "alignment with the plain sum",
+        "largest share",
+    ]
+    return results.markdown_table(header, rows)
+
+
+def draw_gradients(
+    folder: Path,
+    seen: Mapping[str, Mapping[str, Array]],
+    names: Sequence[str],
+    label: str,
+    over: str,
+    scope: str = "the shared parameters",
+) -> None:
+    """Write angles.png and dominance.png.
+
+    Args:
+        folder: where to.
+        seen: from :func:`diagnose_all`, not empty.
+        names: of the combinations.
+        label: what the data are, for the titles.
+        over: what the means are over, for the titles.
+        scope: what the Gramians were measured on, for the titles.
+    """
+
+    def each(key: str) -> dict[str, Array]:
+        return {method: arrays[key] for method, arrays in seen.items()}
+
+    draw_angles(
+        folder / "angles.png",
+        f"Gradient angles on {scope}, {label}, all steps and seeds\n"
+        "A row is one combination's gradient. Top: as Fig. 3 of the GMD paper. "
+        "Bottom: above 90° the step goes against that row.",
+        each("pairs"),
+        each("merged"),
+    )
+    draw_curves(
+        folder / "dominance.png",
+        f"Gradients on {scope} over training, {label}\n(moving mean; {over})",
+        each("shares"),
+        names,
+        {
+            "largest dominance of a pair": each("dominance"),
+            "share of pairs in conflict": each("conflicts"),
+            "alignment with the plain sum": each("alignment"),
+        },
+        highest={"alignment with the plain sum": 1.0},  # a cosine
+    )
+
+
+# --- comparisons ---------------------------------------------------------------------------------
+
+
+def compare(method: str, metric: str, differences: Sequence[float]) -> dict[str, Any]:
+    """Mean, sample std and 95% t interval of paired differences; None where one pair has none."""
+    mean, std = results.mean_and_std(differences)
+    interval, within = None, None
+    if std is not None:
+        quantile = float(student_t.ppf(0.975, len(differences) - 1))
+        half = quantile * std / math.sqrt(len(differences))
+        interval, within = [mean - half, mean + half], abs(mean) <= half
+    return {
+        "method": method,
+        "against": "sum",
+        "metric": metric,
+        "differences": list(differences),
+        "mean": mean,
+        "std": std,
+        "interval": interval,
+        "within_noise": within,
+    }

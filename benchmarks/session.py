@@ -1,0 +1,221 @@
+"""One result folder: started, interrupted, resumed, finished. Knows neither data nor models."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from benchmarks import results
+from benchmarks.checkpoint import load_checkpoint, save_checkpoint
+
+__all__ = ["CHECKPOINT", "Diverged", "Session", "Training"]
+
+CHECKPOINT = "checkpoint.pt"
+
+
+class Diverged(RuntimeError):
+    """A loss or a score is no longer a number."""
+
+
+class Training(Protocol):
+    """One model in training: a method and a seed."""
+
+    method: str
+    seed: int
+    epoch: int
+
+    def train_epoch(self, progress: Any) -> None:
+        """Train and validate; adds what it did to the bar ``progress``."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that changes: tensors and plain values."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from there, bit for bit."""
+
+    def finish(self, save: Callable[[], None]) -> dict[str, Any]:
+        """Test it. Returns what is kept: tensors and plain values; among them {"result": {...}}.
+
+        ``save`` writes a checkpoint, for tests that take long.
+        """
+
+
+class Session:
+    """All trainings of one result folder, in order, with a checkpoint after every epoch.
+
+    Args:
+        folder: where everything is written.
+        config: plain values: what decides the numbers.
+        command: the command line that began it.
+        environment: versions, as :func:`benchmarks.results.environment` gives them.
+        digest: of the data.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        command: str,
+        environment: dict[str, str],
+        digest: str,
+    ) -> None:
+        self.folder = folder
+        self.config = dict(config)
+        self.command = command
+        self.environment = environment
+        self.digest = digest
+        self.done: list[dict[str, Any]] = []  # what finish() returned, per training
+        self.current: dict[str, Any] | None = None  # state of the training that was cut off
+
+    @classmethod
+    def start(
+        cls,
+        parser: argparse.ArgumentParser,
+        wanted: Path,
+        config: Mapping[str, Any],
+        command: str,
+        environment: dict[str, str],
+        digest: str,
+    ) -> "Session":
+        """In ``wanted``, or beside it where that holds another run."""
+        try:
+            folder = results.new_folder(wanted, (results.RESULTS, CHECKPOINT))
+        except OSError as error:
+            parser.error(f"argument --out: cannot create {wanted}: {error.strerror}")
+        if folder != wanted:
+            print(f"{wanted} holds another run; writing to {folder}", file=sys.stderr)
+        return cls(folder, config, command, environment, digest)
+
+    @classmethod
+    def resume(
+        cls,
+        parser: argparse.ArgumentParser,
+        folder: Path,
+        given: Iterable[str],
+        environment: Mapping[str, str],
+    ) -> "Session":
+        """The interrupted one in ``folder``; ``given`` are options that cannot be changed now."""
+        options = ", ".join("--" + name.replace("_", "-") for name in given)
+        if options:
+            parser.error(
+                f"argument --resume: takes everything from {folder}; leave out {options}, "
+                "or start a new run"
+            )
+        try:
+            session = cls.load(folder)
+        except OSError:
+            parser.error(f"argument --resume: {folder} holds no {CHECKPOINT} of an interrupted run")
+        except ValueError as error:
+            parser.error(f"argument --resume: {error}")
+        for name, version in environment.items():
+            if session.environment.get(name) != version:
+                print(
+                    f"warning: the run began with {name} {session.environment.get(name)}, this is "
+                    f"{version}: the numbers may differ from those of an uninterrupted run",
+                    file=sys.stderr,
+                )
+        return session
+
+    @classmethod
+    def load(cls, folder: Path) -> "Session":
+        """Raises OSError, ValueError as :func:`load_checkpoint`."""
+        for stale in folder.glob(f".{Path(CHECKPOINT).stem}-*"):
+            stale.unlink()  # of a run that was killed while it wrote
+        content = load_checkpoint(folder / CHECKPOINT)
+        session = cls(
+            folder,
+            content["config"],
+            content["command"],
+            content["environment"],
+            content["digest"],
+        )
+        session.done, session.current = content["done"], content["current"]
+        return session
+
+    def save(self) -> None:
+        content = {
+            "config": self.config,
+            "command": self.command,
+            "environment": self.environment,
+            "digest": self.digest,
+            "done": self.done,
+            "current": self.current,
+        }
+        save_checkpoint(self.folder / CHECKPOINT, content)
+
+    def _save(self, training: Training) -> None:
+        self.current = training.state_dict()
+        self.save()
+
+    def check_digest(self, parser: argparse.ArgumentParser, source: str, digest: str) -> None:
+        """End the program where the data are not those that the run began with."""
+        if self.digest != digest:
+            parser.error(
+                f"argument --resume: the data has changed since the run began: {source} has "
+                f"SHA-256 {digest}, the checkpoint says {self.digest}; put the old data back"
+            )
+
+    def train(
+        self,
+        plan: Sequence[tuple[str, int]],
+        begin: Callable[[str, int], Training],
+        *,
+        epochs: int,
+        epoch_length: int,
+        unit: str,
+        line: Callable[[Mapping[str, Any]], str],
+        saved: Callable[[Any], None] = lambda training: None,
+    ) -> None:
+        """Run what is left of ``plan``.
+
+        Args:
+            plan: (method, seed) in order.
+            begin: makes the training of a method and a seed.
+            epochs: of each training.
+            epoch_length: what a training adds to the progress bar per epoch.
+            unit: of that.
+            line: what to say of a finished training's result.
+            saved: called with the training after each checkpoint.
+
+        Raises:
+            Diverged: of a training, saying which one and where.
+        """
+        with tqdm(
+            total=len(plan) * epochs * epoch_length,
+            initial=len(self.done) * epochs * epoch_length,
+            disable=not sys.stderr.isatty(),
+            unit=unit,
+        ) as progress:
+            for number, (method, seed) in enumerate(plan[len(self.done) :], len(self.done) + 1):
+                progress.set_description(f"{method}, seed {seed}")
+                training = begin(method, seed)
+                if self.current is not None:
+                    training.load_state_dict(self.current)
+                    progress.update(training.epoch * epoch_length)
+                while training.epoch < epochs:
+                    try:
+                        training.train_epoch(progress)
+                    except Diverged as error:
+                        where = f"{method}, seed {seed}, epoch {training.epoch + 1}"
+                        raise Diverged(f"{where}: {error}; try a lower --lr") from None
+                    self._save(training)
+                    saved(training)
+                kept = training.finish(partial(self._save, training))
+                self.done.append(kept)
+                self.current = None
+                self.save()
+                said = f"[{number}/{len(plan)}] {line(kept['result'])}"
+                progress.write(said, file=sys.stderr)
+
+    def how_to_continue(self, module: str) -> str:
+        """The command that resumes."""
+        return shlex.join([sys.executable, "-m", module, "--resume", str(self.folder)])
+
+    def close(self) -> None:
+        """Everything is written: the checkpoint is not needed any more."""
+        (self.folder / CHECKPOINT).unlink()
