@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gradsplit import kernels
-from gradsplit.layout import flattened, unflattened
+from gradsplit.layout import flattened, merged_dtype, unflattened
 
 __all__ = ["check_fused", "gramian", "gramian_ref", "merge", "merge_ref"]
 
@@ -62,7 +62,11 @@ def gramian(rows: Rows, parameters: Iterable[Tensor], fused: bool | None = None)
 
 
 def merge(
-    rows: MutableRows, parameters: Iterable[Tensor], weights: Tensor, fused: bool | None = None
+    rows: MutableRows,
+    parameters: Iterable[Tensor],
+    weights: Tensor,
+    fused: bool | None = None,
+    rounded: torch.dtype | None = None,
 ) -> dict[Tensor, Tensor]:
     """sum_i w_i g_i for each parameter, over the rows that hold it. Consumes them as it goes.
 
@@ -71,15 +75,17 @@ def merge(
         parameters: what to merge; those that no row holds are absent from the result.
         weights: (m,), float64.
         fused: as in :func:`gramian`.
+        rounded: the dtype that rows were rounded to to save memory. Where they have it, the merged
+            gradient has the parameter's dtype instead.
 
     Returns:
         parameter -> merged gradient, in the rows' dtype (cast last) and memory layout. Rows and
         merged gradients together take no more memory than the rows did, plus one parameter; with
-        kernels, plus the merged gradient.
+        kernels, or rows that were rounded, plus the merged gradient.
     """
     with_kernels, plain = _paths(rows, parameters, fused)
-    merged = kernels.merge(rows, with_kernels, weights) if with_kernels else {}
-    return merged | merge_ref(rows, plain, weights)
+    merged = kernels.merge(rows, with_kernels, weights, rounded) if with_kernels else {}
+    return merged | merge_ref(rows, plain, weights, rounded)
 
 
 def check_fused(rows: Rows) -> None:
@@ -110,7 +116,10 @@ def gramian_ref(rows: Rows, parameters: Iterable[Tensor]) -> Tensor:
 
 
 def merge_ref(
-    rows: MutableRows, parameters: Iterable[Tensor], weights: Tensor
+    rows: MutableRows,
+    parameters: Iterable[Tensor],
+    weights: Tensor,
+    rounded: torch.dtype | None = None,
 ) -> dict[Tensor, Tensor]:
     """The plain path of :func:`merge`: the same arguments and result."""
     merged: dict[Tensor, Tensor] = {}
@@ -126,7 +135,8 @@ def merge_ref(
             for piece, part in zip(pieces, columns, strict=True):
                 like = rows[present[0]][piece.parameter]
                 if piece.start == 0:
-                    flat = torch.empty(like.numel(), dtype=like.dtype, device=like.device)
+                    dtype = merged_dtype(piece.parameter, like, rounded)
+                    flat = torch.empty(like.numel(), dtype=dtype, device=like.device)
                     merged[piece.parameter] = unflattened(flat, like)
                 flattened(merged[piece.parameter], like)[piece.start : piece.stop] = part
                 if piece.stop == like.numel():
@@ -135,7 +145,8 @@ def merge_ref(
         for parameter in group:  # those without elements are in no block
             for row in rows:
                 if parameter in row:
-                    merged[parameter] = row.pop(parameter)
+                    gradient = row.pop(parameter)
+                    merged[parameter] = gradient.to(merged_dtype(parameter, gradient, rounded))
     return merged
 
 

@@ -1,8 +1,9 @@
 """Gradients as flat vectors: the elements of a parameter in one order, whatever the strides."""
 
+import torch
 from torch import Tensor
 
-__all__ = ["flattened", "unflattened"]
+__all__ = ["flattened", "merged_dtype", "unflattened"]
 
 
 def flattened(gradient: Tensor, like: Tensor) -> Tensor:
@@ -23,6 +24,11 @@ def unflattened(flat: Tensor, like: Tensor) -> Tensor:
     order = _memory_order(like)
     inverse = sorted(range(len(order)), key=order.__getitem__)
     return flat.view([like.shape[dim] for dim in order]).permute(inverse)
+
+
+def merged_dtype(parameter: Tensor, like: Tensor, rounded: torch.dtype | None) -> torch.dtype:
+    """The row's own, or the parameter's if the row was rounded to save memory."""
+    return parameter.dtype if like.dtype == rounded else like.dtype
 
 
 def _memory_order(like: Tensor) -> list[int]:

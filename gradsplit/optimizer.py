@@ -17,7 +17,15 @@ from torch.utils.hooks import RemovableHandle
 from gradsplit import kernels, rules
 from gradsplit.decoupling import Decoupling, join_losses
 from gradsplit.gramian import check_fused, gramian, merge
-from gradsplit.rows import Losses, Row, RowTaker, add_gradients, check_parameters, read_losses
+from gradsplit.rows import (
+    Losses,
+    PartialRowTaker,
+    Row,
+    RowTaker,
+    add_gradients,
+    check_parameters,
+    read_losses,
+)
 
 __all__ = ["ModalityDecoupledOptimizer"]
 
@@ -69,6 +77,9 @@ class ModalityDecoupledOptimizer(Optimizer):
             gradients are on a CUDA device, float32, bfloat16 or float16, there are at most 64
             losses and Triton is installed. True: everywhere, or an error. False: nowhere. The
             results agree to rounding.
+        conflict_parameters: where the Gramian is measured instead, by backwards that stop there;
+            one backward of all weighted losses follows. DOC
+        row_dtype: ``torch.bfloat16`` DOC
 
     A loss *reaches* a parameter when autograd says so: its gradient is not None. Parameters that no
     loss reaches keep ``.grad`` as it was; frozen parameters are ignored. Gradients are taken with
@@ -100,6 +111,8 @@ class ModalityDecoupledOptimizer(Optimizer):
         reduction: str = "mean",
         seed: int = 0,
         fused: bool | None = None,
+        conflict_parameters: Iterable[Tensor] | None = None,
+        row_dtype: torch.dtype | None = None,
     ) -> None:
         if isinstance(base, ModalityDecoupledOptimizer):
             raise TypeError("base is already a ModalityDecoupledOptimizer; wrap it once")
@@ -116,13 +129,32 @@ class ModalityDecoupledOptimizer(Optimizer):
                 "fused=True needs Triton, which is not installed: pip install triton, or let "
                 "gradsplit choose with fused=None"
             )
+        if row_dtype not in (None, torch.bfloat16):
+            raise ValueError(
+                f"row_dtype must be None or torch.bfloat16, got {row_dtype!r}; float16 would lose "
+                "gradients below 6e-8 and above 65504"
+            )
         check_parameters(_parameters(base))
         rule, scope = _checked_rule(rule), _checked_scope(scope, base)
+        measured: list[Tensor] | None = None
+        if conflict_parameters is not None:
+            expected = "conflict_parameters must be an iterable of the base's parameters"
+            measured = _checked_parameters(conflict_parameters, base, expected)
+            if scope != "shared":
+                raise ValueError(
+                    "conflict_parameters say where conflicts are measured, and every parameter "
+                    "gets the weights: scope must be left at 'shared'"
+                )
+            if row_dtype is not None:
+                raise ValueError(
+                    "row_dtype saves memory for rows of all parameters, which conflict_parameters "
+                    "does without: give one of the two"
+                )
         # torch's __init__ assigns defaults, state and groups; ours are the base's, which must stay
         # as they are: a stand-in takes those assignments.
         self._base: Optimizer = SGD([torch.empty(0, requires_grad=True)], lr=0.0)
         super().__init__(self._base.param_groups, self._base.defaults)
-        self._adopt(base, rule, scope, reduction, fused)
+        self._adopt(base, rule, scope, reduction, fused, measured, row_dtype)
         self._write_counters(seed, 0)
 
     def _adopt(
@@ -132,12 +164,16 @@ class ModalityDecoupledOptimizer(Optimizer):
         scope: str | list[Tensor],
         reduction: str,
         fused: bool | None,
+        conflict_parameters: list[Tensor] | None,
+        row_dtype: torch.dtype | None,
     ) -> None:
         self._base = base
         self._rule = rule
         self._scope = scope
         self._reduction = reduction
         self._fused = fused
+        self._conflict_parameters = conflict_parameters
+        self._row_dtype = row_dtype
         # Proxies (Lightning, Fabric) share these containers: they are changed, never rebound.
         self._pending: dict[str, Row] = {}
         self._absent: dict[str, None] = {}  # unavailable in some micro-batch, in order
@@ -282,11 +318,14 @@ class ModalityDecoupledOptimizer(Optimizer):
             )
             taker.consume()
             merged: dict[Tensor, Tensor] = {}
-            for in_scope, by_all in itertools.product((True, False), repeat=2):
-                part = [p for p in reached if (p in scope, p in common) == (in_scope, by_all)]
-                factors = weights if in_scope else torch.ones_like(weights)
-                factors = factors / self._divisor(len(rows), by_all)
-                merged |= merge(rows, part, factors, self._fused)
+            if isinstance(taker, PartialRowTaker):
+                merged = self._merged_by_backward(taker, weights)
+            else:
+                for in_scope, by_all in itertools.product((True, False), repeat=2):
+                    part = [p for p in reached if (p in scope, p in common) == (in_scope, by_all)]
+                    factors = weights if in_scope else torch.ones_like(weights)
+                    factors = factors / self._divisor(len(rows), by_all)
+                    merged |= merge(rows, part, factors, self._fused, self._row_dtype)
         self._drop_pending()
         if replace:
             self._base.zero_grad()
@@ -295,10 +334,18 @@ class ModalityDecoupledOptimizer(Optimizer):
         self._reports[:] = [report]
         return report, taken
 
+    def _merged_by_backward(self, taker: PartialRowTaker, weights: Tensor) -> dict[Tensor, Tensor]:
+        m = len(weights)
+        if self._reduction != "released":
+            return taker.merge(weights / self._divisor(m, True))
+        common = taker.reached_by_all()
+        gradients = taker.merge(weights)
+        return {p: g / self._divisor(m, p in common) for p, g in gradients.items()}
+
     def _scope_of(self, reached: Iterable[Tensor], common: set[Tensor]) -> set[Tensor]:
-        if self._scope == "shared":
+        if self._scope == "shared" and self._conflict_parameters is None:
             return common
-        if isinstance(self._scope, str):  # "all"
+        if isinstance(self._scope, str):  # "all", or all that partial rows hold
             return set(reached)
         return set(self._scope).intersection(reached)
 
@@ -348,13 +395,19 @@ class ModalityDecoupledOptimizer(Optimizer):
                 "use step(closure) with a closure that calls backward itself"
             )
         entries = read_losses(losses)
-        taker = RowTaker(_parameters(self._base), self._pending)
+        taker = self._taker()
         self._active.append(taker)
         try:
             with taker:
                 yield taker, taker.take(entries)
         finally:
             self._active.clear()
+
+    def _taker(self) -> RowTaker:
+        parameters = _parameters(self._base)
+        if self._conflict_parameters is None:
+            return RowTaker(parameters, self._pending, self._row_dtype)
+        return PartialRowTaker(parameters, self._pending, self._conflict_parameters)
 
     def _refuse_pending(self) -> None:
         if self._pending:
@@ -465,23 +518,30 @@ class ModalityDecoupledOptimizer(Optimizer):
             "scope": self._scope,
             "reduction": self._reduction,
             "fused": self._fused,
+            "conflict_parameters": self._conflict_parameters,
+            "row_dtype": self._row_dtype,
             "scheduled": hasattr(self.step, "_wrapped_by_lr_sched"),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        options = (state[key] for key in ("base", "rule", "scope", "reduction", "fused"))
-        self._adopt(*options)
+        options = dict(state)
+        scheduled = options.pop("scheduled")
+        self._adopt(**options)
         super().__setstate__({})
-        if state["scheduled"]:
+        if scheduled:
             # A learning-rate scheduler had patched step. Its patch holds on to the original
             # object, so the copy, which the copied scheduler drives, gets one of its own.
             self.step = types.MethodType(_scheduled_step, self)  # type: ignore[method-assign]
 
     def __repr__(self) -> str:
         scope = self._scope if isinstance(self._scope, str) else f"{len(self._scope)} parameters"
+        measured = ""
+        if self._conflict_parameters is not None:
+            measured = f"conflict_parameters={len(self._conflict_parameters)} parameters, "
         return (
             f"{type(self).__name__}(rule={self._rule!r}, scope={scope!r}, "
-            f"reduction={self._reduction!r}, fused={self._fused!r}, base={self._base!r})"
+            f"reduction={self._reduction!r}, fused={self._fused!r}, "
+            f"{measured}row_dtype={self._row_dtype}, base={self._base!r})"
         )
 
     def _counter(self, key: str) -> int:
@@ -561,9 +621,13 @@ def _checked_scope(scope: str | Iterable[Tensor], base: Optimizer) -> str | list
         if scope not in ("shared", "all"):
             raise ValueError(f"{expected}, got {scope!r}")
         return scope
-    if isinstance(scope, Tensor) or not isinstance(scope, Iterable):
-        raise TypeError(f"{expected}, got {type(scope).__name__}; put parameters in a list")
-    parameters = list(scope)
+    return _checked_parameters(scope, base, expected)
+
+
+def _checked_parameters(given: Iterable[Tensor], base: Optimizer, expected: str) -> list[Tensor]:
+    if isinstance(given, Tensor | str) or not isinstance(given, Iterable):
+        raise TypeError(f"{expected}, got {type(given).__name__}; put parameters in a list")
+    parameters = list(given)
     known = set(_parameters(base))
     for index, parameter in enumerate(parameters):
         if not isinstance(parameter, Tensor):
@@ -575,4 +639,4 @@ def _checked_scope(scope: str | Iterable[Tensor], base: Optimizer) -> str | list
             )
     if not parameters:
         raise ValueError(f"{expected}, got none")
-    return parameters
+    return list(dict.fromkeys(parameters))

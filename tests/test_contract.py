@@ -103,6 +103,8 @@ def test_constructor_signature() -> None:
         "reduction": "mean",
         "seed": 0,
         "fused": None,
+        "conflict_parameters": None,
+        "row_dtype": None,
     }
     assert [n for n, p in parameters.items() if p.kind is not p.KEYWORD_ONLY] == ["base"]
 

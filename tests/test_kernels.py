@@ -458,7 +458,7 @@ shape = {"TYPE": tl.%s, "M": 16, "CHUNK": 4096, "TILE": 256}
 for kernel, arguments, constants in (
     (programs.gramian_kernel, {"partial": "*fp64"}, {"ALIGNED": True}),
     (programs.rescue_kernel, {"rescued": "*fp64", "resolved": "*i1", "total": "i32"}, {}),
-    (programs.merge_kernel, {"weights": "*fp64"}, {"ALIGNED": True}),
+    (programs.merge_kernel, {"weights": "*fp64"}, {"ALIGNED": True, "RESULT": tl.float32}),
 ):
     constants = constants | shape
     types = table | arguments | {"m": "i32"} | dict.fromkeys(constants, "constexpr")

@@ -45,9 +45,12 @@ def gramian(rows: Sequence[Mapping[Tensor, Tensor]], parameters: Iterable[Tensor
 
 
 def merge(
-    rows: Sequence[MutableMapping[Tensor, Tensor]], parameters: Iterable[Tensor], weights: Tensor
+    rows: Sequence[MutableMapping[Tensor, Tensor]],
+    parameters: Iterable[Tensor],
+    weights: Tensor,
+    rounded: torch.dtype | None = None,
 ) -> dict[Tensor, Tensor]:
     """:func:`gradsplit.gramian.merge_ref` by kernels: the same arguments and result."""
     from gradsplit.kernels import fused
 
-    return fused.merge(rows, parameters, weights)
+    return fused.merge(rows, parameters, weights, rounded)

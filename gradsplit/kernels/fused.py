@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gradsplit.kernels import programs
-from gradsplit.layout import flattened, unflattened
+from gradsplit.layout import flattened, merged_dtype, unflattened
 
 __all__ = ["gramian", "merge"]
 
@@ -34,7 +34,12 @@ _RESCUERS = 512  # programs of the float64 kernel
 # Tables that a CUDA graph copies to the device again at every replay.
 _captured: list[Tensor] = []
 
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_TYPES = {
+    torch.float64: tl.float64,  # of a merged gradient only
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
 
 
 def gramian(rows: Sequence[Mapping[Tensor, Tensor]], parameters: Iterable[Tensor]) -> Tensor:
@@ -49,14 +54,17 @@ def gramian(rows: Sequence[Mapping[Tensor, Tensor]], parameters: Iterable[Tensor
     """
     device = next(gradient.device for row in rows for gradient in row.values())
     total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=device)
-    for (_, dtype), group in _by_device_and_dtype(rows, parameters).items():
+    for (_, dtype, _), group in _by_device_and_dtype(rows, parameters).items():
         table = _table([[row.get(parameter) for row in rows] for parameter in group])
         total += _gramian(table, len(rows), dtype).to(device)
     return total
 
 
 def merge(
-    rows: Sequence[MutableMapping[Tensor, Tensor]], parameters: Iterable[Tensor], weights: Tensor
+    rows: Sequence[MutableMapping[Tensor, Tensor]],
+    parameters: Iterable[Tensor],
+    weights: Tensor,
+    rounded: torch.dtype | None = None,
 ) -> dict[Tensor, Tensor]:
     """sum_i w_i g_i for each parameter, over the rows that hold it. Consumes them.
 
@@ -65,6 +73,7 @@ def merge(
             has been merged is removed from them.
         parameters: what to merge; each is held by some row.
         weights: (m,), float64.
+        rounded: where the rows have this dtype, the merged gradient has the parameter's instead.
 
     Returns:
         parameter -> merged gradient, in the rows' dtype (summed in float64 and cast last) and
@@ -72,11 +81,12 @@ def merge(
     """
     m = len(rows)
     merged: dict[Tensor, Tensor] = {}
-    for (device, dtype), group in _by_device_and_dtype(rows, parameters).items():
+    groups = _by_device_and_dtype(rows, parameters, rounded)
+    for (device, dtype, wanted), group in groups.items():
         results = []
         for parameter in group:
             like = _first(rows, parameter)
-            results.append(torch.empty(like.numel(), dtype=dtype, device=device))
+            results.append(torch.empty(like.numel(), dtype=wanted, device=device))
             merged[parameter] = unflattened(results[-1], like)
         table = _table([[row.get(parameter) for row in rows] for parameter in group], results)
         if table.programs > 0:
@@ -88,6 +98,7 @@ def merge(
                     weights.to(device, torch.float64).contiguous(),
                     m,
                     TYPE=_TYPES[dtype],
+                    RESULT=_TYPES[wanted],
                     ALIGNED=table.aligned,
                     M=_lines(m),
                     CHUNK=_CHUNK,
@@ -183,12 +194,16 @@ def _table(
 
 
 def _by_device_and_dtype(
-    rows: Sequence[Mapping[Tensor, Tensor]], parameters: Iterable[Tensor]
-) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:
-    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    rows: Sequence[Mapping[Tensor, Tensor]],
+    parameters: Iterable[Tensor],
+    rounded: torch.dtype | None = None,
+) -> dict[tuple[torch.device, torch.dtype, torch.dtype], list[Tensor]]:
+    """With the dtype of the merged gradient."""
+    groups: dict[tuple[torch.device, torch.dtype, torch.dtype], list[Tensor]] = {}
     for parameter in parameters:
         like = _first(rows, parameter)
-        groups.setdefault((like.device, like.dtype), []).append(parameter)
+        key = (like.device, like.dtype, merged_dtype(parameter, like, rounded))
+        groups.setdefault(key, []).append(parameter)
     return groups
 
 

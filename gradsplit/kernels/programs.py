@@ -112,6 +112,7 @@ def merge_kernel(
     weights,  # (m,)
     m,
     TYPE: tl.constexpr,
+    RESULT: tl.constexpr,  # dtype of the result
     ALIGNED: tl.constexpr,
     M: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -122,7 +123,7 @@ def merge_kernel(
     start = tl.load(chunks + 2 * program + 1)
     stop = tl.minimum(start + CHUNK, tl.load(sizes + parameter))
     pointers, present = _pointers(addresses, parameter, m, m + 1, TYPE, M)
-    result = tl.load(addresses + parameter * (m + 1) + m).to(tl.pointer_type(TYPE))
+    result = tl.load(addresses + parameter * (m + 1) + m).to(tl.pointer_type(RESULT))
     row = tl.arange(0, M)
     weight = tl.load(weights + row, mask=row < m, other=0.0)
     whole = start + (stop - start) // TILE * TILE
@@ -132,11 +133,11 @@ def merge_kernel(
         to = result + columns
         if ALIGNED:
             to = tl.multiple_of(to, 16)
-        tl.store(to, _weighted(tile, weight, present).to(TYPE))
+        tl.store(to, _weighted(tile, weight, present).to(RESULT))
     if whole < stop:
         columns = whole + tl.arange(0, TILE)
         tile = _tile(pointers, present, columns, stop, ALIGNED, False)
-        tl.store(result + columns, _weighted(tile, weight, present).to(TYPE), mask=columns < stop)
+        tl.store(result + columns, _weighted(tile, weight, present).to(RESULT), mask=columns < stop)
 
 
 @triton.jit
