@@ -163,11 +163,8 @@ def _product(
     upper = torch.zeros(lines, lines, dtype=torch.float64, device=device)
     for pieces in _pieces(rows, present, parameters, widest):
         sizes = [piece.stop - piece.start for piece in pieces]
-        columns = buffer[:m, : sum(sizes)].split(sizes, dim=1)
-        torch._foreach_copy_(
-            [line for column in columns for line in column.unbind()],
-            [values for piece in pieces for values in piece.values],
-        )
+        for index, line in enumerate(buffer[:m, : sum(sizes)].unbind()):
+            torch.cat([piece.values[index] for piece in pieces], out=line)
         runs = -(-sum(sizes) // _RUN)
         buffer[:, sum(sizes) : runs * _RUN] = 0.0  # left over from the block before
         block = buffer[:, : runs * _RUN].unflatten(1, (runs, _RUN)).transpose(0, 1)
@@ -184,11 +181,11 @@ def _combined(pieces: Sequence[_Piece], factors: Tensor, dtype: torch.dtype) -> 
     """(columns,): sum_i w_i g_i over a block."""
     sizes = [piece.stop - piece.start for piece in pieces]
     values = torch.zeros(sum(sizes), dtype=dtype, device=factors.device)
-    columns = values.split(sizes)
     # Weights stay tensors: reading one would wait for the device.
     for index, factor in enumerate(factors.to(dtype).unbind()):
         row = [piece.values[index] for piece in pieces]
-        torch._foreach_addcmul_(columns, row, [factor] * len(row))
+        # Many small tensors cost more to visit than to copy.
+        values.addcmul_(row[0] if len(row) == 1 else torch.cat(row), factor)
     return values
 
 
@@ -204,7 +201,9 @@ def _pieces(
         start = 0
         while start < like.numel():
             stop = min(like.numel(), start + room)
-            pieces.append(_Piece(parameter, start, stop, [flat[start:stop] for flat in flats]))
+            whole = stop - start == like.numel()
+            values = flats if whole else [flat[start:stop] for flat in flats]
+            pieces.append(_Piece(parameter, start, stop, values))
             room -= stop - start
             start = stop
             if room == 0:
