@@ -77,9 +77,13 @@ class ModalityDecoupledOptimizer(Optimizer):
             gradients are on a CUDA device, float32, bfloat16 or float16, there are at most 64
             losses and Triton is installed. True: everywhere, or an error. False: nowhere. The
             results agree to rounding.
-        conflict_parameters: where the Gramian is measured instead, by backwards that stop there;
-            one backward of all weighted losses follows. DOC
-        row_dtype: ``torch.bfloat16`` DOC
+        conflict_parameters: an iterable of parameters on which alone the Gramian is measured, by
+            backwards that stop there; one backward of the weighted losses follows. An
+            approximation: see below. None: all is exact.
+        row_dtype: ``torch.bfloat16``: rows are rounded to it when each backward has ended, and
+            memory for gradients peaks at (m + 2) / 2 times the parameters; sums, the merged
+            gradient and additions over micro-batches stay in the gradients' dtype or wider.
+            None: rows are as autograd leaves them.
 
     A loss *reaches* a parameter when autograd says so: its gradient is not None. Parameters that no
     loss reaches keep ``.grad`` as it was; frozen parameters are ignored. Gradients are taken with
@@ -90,15 +94,34 @@ class ModalityDecoupledOptimizer(Optimizer):
     dropped, so that ``torch.amp.GradScaler`` sees them. Memory for gradients peaks at m + 1 times
     the parameters, and nothing waits for the host until a report is read.
 
+    *Cheaper steps.* With ``conflict_parameters``, every parameter gets the weights, private ones
+    too: to spare them would take a second backward. ``scope`` does not apply, and the report is of
+    the chosen parameters; each loss must reach some of them. All else is as in the exact step, at
+    a price: the graphs of all losses are alive at once, those of closures and of accumulated
+    micro-batches included. (To free them, call :meth:`backward` for every micro-batch: each is
+    decoupled on its own then, and ``.grad`` adds up.) Tensor hooks on the chosen parameters fire
+    m + 1 times, others once. Leaves outside the optimizer still get the plain sum, by a second
+    backward. Autograd cannot stop inside a reentrant checkpoint. Under DDP each rank weighs its
+    own losses.
+
+    How good the weights are depends on the model; measure yours before you rely on them. The cost
+    falls with the distance from the losses. On the sentiment transformer the last linear layer of
+    the last block takes 0.9 to 1.2 joint steps (exact: 1.8 to 2.3), and its merged gradient is
+    nearer to the exact one than the plain sum is (cosine 0.995 against 0.989). On the BraTS U-Net
+    no choice is good: its head takes 1.03 joint steps (exact: 5.6), finds 18 % of the conflicts,
+    and merges to the plain sum, in effect. So there is no default.
+
     Hooks registered on this optimizer or on the base fire once per step. torch's global optimizer
     hooks fire for both objects, twice per step. Hooks are not copied by deepcopy or pickle, as
     with every torch optimizer.
 
     Raises:
-        TypeError: ``base`` is not an optimizer, or is already wrapped; ``rule`` or ``scope`` is of
-            the wrong type, or ``rule`` does not take exactly one argument.
-        ValueError: unknown ``rule``, ``scope`` or ``reduction``; an empty scope, or one with
-            parameters that are not the base's; a complex parameter.
+        TypeError: ``base`` is not an optimizer, or is already wrapped; ``rule``, ``scope`` or
+            ``conflict_parameters`` is of the wrong type, or ``rule`` does not take exactly one
+            argument.
+        ValueError: unknown ``rule``, ``scope``, ``reduction`` or ``row_dtype``; a scope or
+            ``conflict_parameters`` that are empty or not the base's; ``conflict_parameters`` with
+            a scope or ``row_dtype``; a complex parameter.
         RuntimeError: ``fused=True`` without Triton.
     """
 
@@ -200,8 +223,9 @@ class ModalityDecoupledOptimizer(Optimizer):
             TypeError, ValueError: no losses, all unavailable, a loss that is not a real scalar that
                 requires grad, two devices, a loss that reaches no parameter of this optimizer, a
                 closure that calls backward, sparse gradients, a rule that does not return (m,)
-                weights, LBFGS as base, gradients that ``fused=True`` cannot take. Parameters,
-                ``.grad`` and optimizer state are as before.
+                weights, LBFGS as base, gradients that ``fused=True`` cannot take, a loss that
+                reaches none of the ``conflict_parameters``. Parameters, ``.grad`` and optimizer
+                state are as before.
 
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
         >>> opt = ModalityDecoupledOptimizer(SGD([weight], lr=0.1), reduction="sum")

@@ -278,6 +278,7 @@ class RowTaker:
         shows that a loss reaches nothing.
         """
         owner: dict[Node, int] = {}  # the last loss whose graph a node is in
+        leaves: dict[Node, bool] = {}  # whether the leaf is a parameter
         retained = [False] * len(losses)
         nowhere: list[int] = []
         for index in reversed(range(len(losses))):
@@ -287,11 +288,11 @@ class RowTaker:
                 node = stack.pop()
                 if node is None:
                     continue
+                if node in leaves:  # always shared, with nothing that a backward frees
+                    reaches = reaches or leaves[node]
+                    continue
                 if node in owner:
-                    # Leaves are always shared, and hold nothing that a backward frees.
-                    if owner[node] != index and not retained[index]:
-                        retained[index] = _leaf(node) is None
-                    reaches = reaches or _leaf(node) in self._own
+                    retained[index] = retained[index] or owner[node] != index
                     continue
                 owner[node] = index
                 following = node.next_functions
@@ -300,11 +301,12 @@ class RowTaker:
                     # Behind a Python function (a reentrant checkpoint) there may be parameters
                     # that the graph does not show: its backward will tell.
                     reaches = reaches or isinstance(node, BackwardCFunction)
-                elif (leaf := _leaf(node)) in self._own:
-                    reaches = True
-                elif leaf is not None and leaf not in self._outside:
-                    self._outside[leaf] = leaf.grad
-                    leaf.grad = None
+                elif (leaf := _leaf(node)) is not None:
+                    leaves[node] = leaf in self._own
+                    reaches = reaches or leaves[node]
+                    if not leaves[node] and leaf not in self._outside:
+                        self._outside[leaf] = leaf.grad
+                        leaf.grad = None
             if not reaches and not (retained[index] and self._reaches(losses[index][0])):
                 nowhere.append(index)
         if nowhere:

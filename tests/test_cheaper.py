@@ -141,7 +141,7 @@ def test_a_single_loss_equals_plain_backward_exactly() -> None:
 
 @pytest.mark.parametrize("rule", ["pcgrad", lambda gramian: gramian.diagonal()])
 def test_rules_see_the_gramian_of_the_measured_parameters(rule: object) -> None:
-    """With all losses on the measured parameters alone it is the exact step, rule by rule."""
+    """With nothing else to merge it is the exact step."""
     rows: list[Row] = [[vector(2.0, 0.5)], [vector(-1.0, 1.0)], [vector(-0.5, -3.0)]]
     exact, ours = parameters_like(rows), parameters_like(rows)
     optimizer_of(exact, rule=rule, seed=4).backward(linear_losses(exact, rows))
@@ -602,8 +602,9 @@ class _Dense(torch.autograd.Function):
         return functools.partial(cls.apply, factor, *params)
 
 
-def test_traversals_are_counted() -> None:
-    """What lies below the measured parameters is traversed once, whatever m is."""
+@pytest.mark.parametrize("measured", [0, 1, 3])
+def test_what_is_traversed(measured: int) -> None:
+    """Graphs of their own once each; with conflict_parameters, their last layers once more."""
     depth, m = 6, 5
     torch.manual_seed(0)
     layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(depth))
@@ -613,7 +614,8 @@ def test_traversals_are_counted() -> None:
         nonlocal traversed
         traversed += 1
 
-    opt = optimizer_of(list(layers.parameters()), conflict_parameters=list(layers[-1].parameters()))
+    block = [p for layer in layers[depth - measured :] for p in layer.parameters()]
+    opt = optimizer_of(list(layers.parameters()), conflict_parameters=block or None)
     losses = []
     for _ in range(m):
         x = torch.randn(2, 4)
@@ -622,4 +624,17 @@ def test_traversals_are_counted() -> None:
             x.grad_fn.register_hook(count)
         losses.append(x.mean())
     opt.backward(losses)
-    assert traversed == m * (depth + 1)  # all of them once; the last layer's twice
+    assert traversed == m * (depth + measured)
+
+
+def test_a_shared_forward_is_traversed_once_more_whatever_m() -> None:
+    torch.manual_seed(0)
+    encoder, heads = nn.Linear(4, 4), nn.ModuleList(nn.Linear(4, 4) for _ in range(7))
+    last = nn.Linear(4, 1)
+    hidden = encoder(torch.randn(3, 4)).tanh()
+    traversed: list[object] = []
+    hidden.grad_fn.register_hook(lambda *_: traversed.append(None))
+    params = [*encoder.parameters(), *heads.parameters(), *last.parameters()]
+    opt = optimizer_of(params, conflict_parameters=last.parameters())
+    opt.backward([last(head(hidden)).sum() for head in heads])
+    assert len(traversed) == 1
