@@ -556,7 +556,7 @@ def test_scaled_losses_skip_and_clip_with_bfloat16_rows() -> None:
 @pytest.mark.parametrize("accumulate", [False, True])
 def test_memory_of_rounded_rows(accumulate: bool, tmp_path: Path) -> None:
     """(m + 2) / 2 times the parameters, in elements of float32, and one parameter more."""
-    m, pieces, n = 6, 32, 2**20
+    m, pieces, n = 6, 32, 2**21
     params = [nn.Parameter(torch.ones(n // pieces)) for _ in range(pieces)]
     opt = optimizer_of(params, row_dtype=torch.bfloat16)
     closures = [_Dense.closure(params, float(i + 1)) for i in range(m)]
