@@ -210,11 +210,7 @@ class RowTaker:
 
     def consume(self) -> None:
         """The rows are about to be merged, which empties them: an error from here on drops them."""
-        self._change_earlier()
-
-    def _change_earlier(self) -> None:
-        self._earlier_changed = self._earlier_changed or bool(self._earlier)
-        self._earlier.clear()  # and with it what would keep merged rows alive
+        self._earlier_changed = bool(self._earlier)
 
     def _call(self, entry: Entry, device: torch.device | None) -> Tensor | None:
         if entry.loss is None:
@@ -240,8 +236,7 @@ class RowTaker:
         row = self.rows.get(entry.name)
         earlier: dict[Tensor, Tensor] = {}
         if row is not None:
-            if entry.name in self._earlier:
-                self._change_earlier()
+            self._earlier_changed = self._earlier_changed or entry.name in self._earlier
             for parameter, gradient in row.gradients.items():
                 if parameter not in self._own:  # frozen or removed since
                     continue
@@ -354,7 +349,6 @@ class PartialRowTaker(RowTaker):
             weights: (m,), in the order of ``rows``. Leaves outside ``parameters`` have weight one,
                 at the price of a second backward where there are any.
         """
-        self._change_earlier()
         losses, factors = [], []
         for row, weight in zip(self.rows.values(), weights.detach().unbind(), strict=True):
             losses += row.graphs

@@ -320,6 +320,15 @@ def test_leaves_outside_the_optimizer_get_the_plain_sum() -> None:
     assert_close(grads(model), theirs)
 
 
+def test_the_one_backward_frees_the_graphs() -> None:
+    model = towers()
+    losses = model.losses()
+    cheap(model).backward(losses)
+    for loss in losses.values():
+        with pytest.raises(RuntimeError, match="second time"):
+            loss.backward()
+
+
 def test_losses_may_share_a_graph_or_have_their_own() -> None:
     model = towers()
     x = torch.randn(4, 3, dtype=torch.float64)
@@ -488,11 +497,10 @@ def ones(gramian: Tensor) -> Tensor:
 def test_micro_batches_are_added_before_rounding() -> None:
     p = nn.Parameter(torch.zeros(2))
     opt = optimizer_of([p], row_dtype=torch.bfloat16)
-    first = torch.tensor([1.0, -2.0]) / 3
-    opt.accumulate([(p * first).sum()])
-    opt.backward([(p * first).sum()])
-    once = first.bfloat16().float() + first  # the second one was never rounded on its own
-    assert torch.equal(p.grad, once.bfloat16().float())
+    opt.accumulate([p.sum()])
+    above_half = 2.0**-8 + 2.0**-17  # of the last bit of 1; rounded on its own it is the half
+    opt.backward([(p * above_half).sum()])
+    assert p.grad.tolist() == [1 + 2.0**-7] * 2
 
 
 def test_accumulation_of_bfloat16_rows_equals_the_oracle() -> None:
