@@ -1,86 +1,219 @@
 """Rows -> Gramian, and (weights, rows) -> merged gradient. Knows neither losses nor optimizers.
 
 A row is a mapping from parameter to gradient; a parameter that the loss does not reach is absent.
-Both passes copy the rows into a small float64 block, a few columns of the Jacobian at a time, and
-multiply there: products of float32 are exact, nothing underflows or overflows that the rows
-themselves can hold, whatever their dtype, and no second copy of the rows ever exists.
+No second copy of the rows ever exists: both passes go through them a few columns of the Jacobian at
+a time. On a GPU they are Triton kernels (:mod:`gradsplit.kernels`); the plain path here serves
+everything else, and is what the kernels are tested against.
+
+Products of float32 rows are summed in float32 over 1024 columns and from there on in float64: the
+error of K_jk is of the order of 1e-8 ||g_j|| ||g_k||. Whatever does not fit float32 (squares that
+underflow or overflow, weights beyond 2^100) is computed once more in float64, where nothing
+underflows or overflows that the rows themselves can hold.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["gramian", "merge"]
+from gradsplit import kernels
+from gradsplit.layout import flattened, merged_dtype, unflattened
+
+__all__ = ["check_fused", "gramian", "gramian_ref", "merge", "merge_ref"]
+
+Rows = Sequence[Mapping[Tensor, Tensor]]
+MutableRows = Sequence[MutableMapping[Tensor, Tensor]]
+
+_RUN = 1024  # columns whose products are summed before the sum becomes float64
+_BAND = 16  # rows whose products with all following rows are taken at once
 
 
-def gramian(rows: Sequence[Mapping[Tensor, Tensor]], parameters: Iterable[Tensor]) -> Tensor:
+@dataclass
+class _Piece:
+    """Consecutive elements of a parameter, and what each row that reaches it holds there."""
+
+    parameter: Tensor
+    start: int
+    stop: int
+    values: list[Tensor]
+
+
+def gramian(rows: Rows, parameters: Iterable[Tensor], fused: bool | None = None) -> Tensor:
     """K_jk = <g_j, g_k> over ``parameters``.
 
     Args:
         rows: m mappings parameter -> gradient, dense and real.
         parameters: where to measure; those that no row holds are skipped.
+        fused: None: Triton kernels for the parameters that they can take; True: for all
+            (:func:`check_fused` says whether that is possible); False: plain torch operations.
 
     Returns:
         (m, m), float64, on the device of the first row.
     """
     device = _device(rows)
     total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=device)
-    for present, group in _groups(rows, parameters):
-        partial = torch.zeros(len(present), len(present), dtype=total.dtype, device=group[0].device)
-        for block, _ in _blocks(rows, present, group):
-            partial += block @ block.T
-        if len(present) < len(rows):
-            # Rows that do not reach the group stay out of the product: 0 x inf would be NaN.
-            index = _index(present, device)
-            total[index[:, None], index] += partial.to(device)
-        else:
-            total += partial.to(device)
+    with_kernels, plain = _paths(rows, parameters, fused)
+    if with_kernels:
+        total += kernels.gramian(rows, with_kernels).to(device)
+    if plain:
+        total += gramian_ref(rows, plain).to(device)
     return total
 
 
 def merge(
-    rows: Sequence[MutableMapping[Tensor, Tensor]], parameters: Iterable[Tensor], weights: Tensor
+    rows: MutableRows,
+    parameters: Iterable[Tensor],
+    weights: Tensor,
+    fused: bool | None = None,
+    rounded: torch.dtype | None = None,
 ) -> dict[Tensor, Tensor]:
     """sum_i w_i g_i for each parameter, over the rows that hold it. Consumes them as it goes.
 
     Args:
-        rows: m mappings parameter -> gradient; what has been merged is removed from them, so that
-            rows and merged gradients together never take more memory than the rows did, plus
-            one parameter.
+        rows: m mappings parameter -> gradient; what has been merged is removed from them.
         parameters: what to merge; those that no row holds are absent from the result.
         weights: (m,), float64.
+        fused: as in :func:`gramian`.
+        rounded: the dtype that rows were rounded to to save memory. Where they have it, the merged
+            gradient has the parameter's dtype instead.
 
     Returns:
-        parameter -> merged gradient, in the rows' dtype (cast last) and memory layout.
+        parameter -> merged gradient, in the rows' dtype (cast last) and memory layout. Rows and
+        merged gradients together take no more memory than the rows did, plus one parameter; with
+        kernels, or rows that were rounded, plus the merged gradient.
     """
+    with_kernels, plain = _paths(rows, parameters, fused)
+    merged = kernels.merge(rows, with_kernels, weights, rounded) if with_kernels else {}
+    return merged | merge_ref(rows, plain, weights, rounded)
+
+
+def check_fused(rows: Rows) -> None:
+    """Raise ValueError, with the reason, if the kernels cannot take all of ``rows``."""
+    for parameter in dict.fromkeys(parameter for row in rows for parameter in row):
+        reason = kernels.obstacle(_gradients(rows, parameter), len(rows))
+        if reason:
+            raise ValueError(f"fused=True, but {reason}; fused=None lets gradsplit choose")
+
+
+def gramian_ref(rows: Rows, parameters: Iterable[Tensor]) -> Tensor:
+    """The plain path of :func:`gramian`: the same arguments and result."""
+    device = _device(rows)
+    total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=device)
+    for present, group in _groups(rows, parameters):
+        narrow = _may_be_narrow(rows, present, group)
+        partial = _product(rows, present, group, torch.float32 if narrow else torch.float64)
+        if narrow and not _resolved(partial, sum(parameter.numel() for parameter in group)):
+            partial = _product(rows, present, group, torch.float64)
+        partial = partial.to(device)
+        if len(present) < len(rows):
+            # Rows that do not reach the group stay out of the product: 0 x inf would be NaN.
+            index = _index(present, device)
+            total[index[:, None], index] += partial
+        else:
+            total += partial
+    return total
+
+
+def merge_ref(
+    rows: MutableRows,
+    parameters: Iterable[Tensor],
+    weights: Tensor,
+    rounded: torch.dtype | None = None,
+) -> dict[Tensor, Tensor]:
+    """The plain path of :func:`merge`: the same arguments and result."""
     merged: dict[Tensor, Tensor] = {}
     for present, group in _groups(rows, parameters):
-        chosen = weights.to(group[0].device)
-        if len(present) < len(rows):
-            chosen = chosen[_index(present, chosen.device)]
-        for block, pieces in _blocks(rows, present, group):
-            columns = torch.split(chosen @ block, [stop - start for _, start, stop in pieces])
-            for (parameter, start, stop), values in zip(pieces, columns, strict=True):
-                like = rows[present[0]][parameter]
-                if start == 0:
-                    flat = torch.empty(like.numel(), dtype=like.dtype, device=like.device)
-                    merged[parameter] = _unflattened(flat, like)
-                _flattened(merged[parameter], like)[start:stop] = values
-                if stop == parameter.numel():
+        factors = weights.to(group[0].device)
+        narrow = _may_be_narrow(rows, present, group) and _fits(factors)
+        factors = torch.stack([factors[index] for index in present])
+        for pieces in _pieces(rows, present, group, _widest(group[0].device)):
+            values = _combined(pieces, factors, torch.float32 if narrow else torch.float64)
+            if narrow and not bool(values.sum().isfinite()):  # an intermediate sum too large?
+                values = _combined(pieces, factors, torch.float64)
+            columns = values.split([piece.stop - piece.start for piece in pieces])
+            for piece, part in zip(pieces, columns, strict=True):
+                like = rows[present[0]][piece.parameter]
+                if piece.start == 0:
+                    dtype = merged_dtype(piece.parameter, like, rounded)
+                    flat = torch.empty(like.numel(), dtype=dtype, device=like.device)
+                    merged[piece.parameter] = unflattened(flat, like)
+                flattened(merged[piece.parameter], like)[piece.start : piece.stop] = part
+                if piece.stop == like.numel():
                     for index in present:
-                        del rows[index][parameter]
-        empty = [parameter for parameter in group if parameter.numel() == 0]
-        merged.update((parameter, rows[present[0]][parameter]) for parameter in empty)
+                        del rows[index][piece.parameter]
+        for parameter in group:  # those without elements are in no block
+            for row in rows:
+                if parameter in row:
+                    gradient = row.pop(parameter)
+                    merged[parameter] = gradient.to(merged_dtype(parameter, gradient, rounded))
     return merged
 
 
-Piece = tuple[Tensor, int, int]  # parameter, first and last + 1 of its flattened elements
+def _product(
+    rows: Rows, present: Sequence[int], parameters: Sequence[Tensor], dtype: torch.dtype
+) -> Tensor:
+    """(len(present), len(present)): J J^T of one group, its rows copied to ``dtype`` in pieces."""
+    device, m = parameters[0].device, len(present)
+    # BLAS stumbles over odd numbers of rows: sixteen take a third of the time of fifteen.
+    lines = m if m <= 12 else -(-m // 8) * 8
+    widest = min(_widest(device, lines), sum(parameter.numel() for parameter in parameters))
+    widest = -(-widest // _RUN) * _RUN
+    buffer = torch.zeros(lines, widest, dtype=dtype, device=device)
+    upper = torch.zeros(lines, lines, dtype=torch.float64, device=device)
+    for pieces in _pieces(rows, present, parameters, widest):
+        sizes = [piece.stop - piece.start for piece in pieces]
+        for index, line in enumerate(buffer[:m, : sum(sizes)].unbind()):
+            torch.cat([piece.values[index] for piece in pieces], out=line)
+        runs = -(-sum(sizes) // _RUN)
+        buffer[:, sum(sizes) : runs * _RUN] = 0.0  # left over from the block before
+        block = buffer[:, : runs * _RUN].unflatten(1, (runs, _RUN)).transpose(0, 1)
+        for first in range(0, lines, _BAND):
+            some = block[:, first : first + _BAND]
+            with torch.autocast("cpu", enabled=False):
+                partial = torch.bmm(some, block[:, first:].transpose(1, 2))
+            upper[first : first + _BAND, first:] += partial.sum(0, dtype=upper.dtype)
+    upper = upper[:m, :m].triu()
+    return upper + upper.triu(1).T
 
 
-def _groups(
-    rows: Sequence[Mapping[Tensor, Tensor]], parameters: Iterable[Tensor]
-) -> list[tuple[list[int], list[Tensor]]]:
+def _combined(pieces: Sequence[_Piece], factors: Tensor, dtype: torch.dtype) -> Tensor:
+    """(columns,): sum_i w_i g_i over a block."""
+    sizes = [piece.stop - piece.start for piece in pieces]
+    values = torch.zeros(sum(sizes), dtype=dtype, device=factors.device)
+    # Weights stay tensors: reading one would wait for the device.
+    for index, factor in enumerate(factors.to(dtype).unbind()):
+        row = [piece.values[index] for piece in pieces]
+        # Many small tensors cost more to visit than to copy.
+        values.addcmul_(row[0] if len(row) == 1 else torch.cat(row), factor)
+    return values
+
+
+def _pieces(
+    rows: Rows, present: Sequence[int], parameters: Iterable[Tensor], widest: int
+) -> Iterator[list[_Piece]]:
+    """Cut the parameters, laid end to end, every ``widest`` elements: views of the rows."""
+    pieces: list[_Piece] = []
+    room = widest
+    for parameter in parameters:
+        like = rows[present[0]][parameter]
+        flats = [flattened(rows[index][parameter], like) for index in present]
+        start = 0
+        while start < like.numel():
+            stop = min(like.numel(), start + room)
+            whole = stop - start == like.numel()
+            values = flats if whole else [flat[start:stop] for flat in flats]
+            pieces.append(_Piece(parameter, start, stop, values))
+            room -= stop - start
+            start = stop
+            if room == 0:
+                yield pieces
+                pieces, room = [], widest
+    if pieces:
+        yield pieces
+
+
+def _groups(rows: Rows, parameters: Iterable[Tensor]) -> list[tuple[list[int], list[Tensor]]]:
     """Parameters on one device reached by the same rows, with the indices of these rows."""
     groups: dict[tuple[object, ...], tuple[list[int], list[Tensor]]] = {}
     for parameter in parameters:
@@ -91,67 +224,57 @@ def _groups(
     return list(groups.values())
 
 
-def _blocks(
-    rows: Sequence[Mapping[Tensor, Tensor]], present: Sequence[int], parameters: Sequence[Tensor]
-) -> Iterator[tuple[Tensor, list[Piece]]]:
-    """The Jacobian of one group, some columns at a time: small parameters packed, big ones split.
-
-    Yields (len(present), columns) float64 views of one buffer, overwritten by the next block.
-    """
-    device = parameters[0].device
-    # A block of m x 4096 doubles stays in a core's cache; a GPU wants few, large launches.
-    widest = 4096 if device.type == "cpu" else 2**18
-    widest = min(widest, sum(parameter.numel() for parameter in parameters))
-    buffer = torch.empty(len(present), widest, dtype=torch.float64, device=device)
-    for pieces in _pieces(parameters, widest):
-        used = sum(stop - start for _, start, stop in pieces)
-        for line, index in zip(buffer, present, strict=True):
-            row, first = rows[index], rows[present[0]]
-            values = [_flattened(row[p], first[p])[start:stop] for p, start, stop in pieces]
-            torch.cat(values, out=line[:used])
-        yield buffer[:, :used], pieces
-
-
-def _pieces(parameters: Iterable[Tensor], widest: int) -> Iterator[list[Piece]]:
-    """Cut the parameters, laid end to end, every ``widest`` elements."""
-    pieces: list[Piece] = []
-    room = widest
+def _paths(
+    rows: Rows, parameters: Iterable[Tensor], fused: bool | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The parameters for the kernels, and those for the plain path."""
+    if fused is False:
+        return [], list(parameters)
+    with_kernels: list[Tensor] = []
+    plain: list[Tensor] = []
     for parameter in parameters:
-        start = 0
-        while start < parameter.numel():
-            stop = min(parameter.numel(), start + room)
-            pieces.append((parameter, start, stop))
-            room -= stop - start
-            start = stop
-            if room == 0:
-                yield pieces
-                pieces, room = [], widest
-    if pieces:
-        yield pieces
+        gradients = _gradients(rows, parameter)
+        # Triton's interpreter is for tests: it has to be asked for.
+        wanted = fused or any(gradient.device.type == "cuda" for gradient in gradients)
+        fits = wanted and gradients and kernels.obstacle(gradients, len(rows)) is None
+        (with_kernels if fits else plain).append(parameter)
+    return with_kernels, plain
 
 
-def _flattened(gradient: Tensor, like: Tensor) -> Tensor:
-    """(numel,): a view wherever the gradient lies in memory as ``like`` does.
-
-    ``like`` is the first row's gradient: all rows of a parameter list their elements in the same
-    order, whatever their own strides.
-    """
-    if like.is_contiguous():
-        return gradient.reshape(-1)
-    return gradient.permute(_memory_order(like)).reshape(-1)
+def _gradients(rows: Rows, parameter: Tensor) -> list[Tensor]:
+    return [row[parameter] for row in rows if parameter in row]
 
 
-def _unflattened(flat: Tensor, like: Tensor) -> Tensor:
-    """The inverse of :func:`_flattened`: always a view of ``flat``."""
-    if like.is_contiguous():
-        return flat.view(like.shape)
-    order = _memory_order(like)
-    inverse = sorted(range(len(order)), key=order.__getitem__)
-    return flat.view([like.shape[dim] for dim in order]).permute(inverse)
+def _may_be_narrow(rows: Rows, present: Sequence[int], parameters: Sequence[Tensor]) -> bool:
+    """Whether float32 may serve: on the CPU, where looking at the result costs nothing."""
+    if parameters[0].device.type != "cpu" or not _multiplies_in_float32():
+        return False
+    gradients = (rows[index][parameter] for index in present for parameter in parameters)
+    return all(gradient.dtype != torch.float64 for gradient in gradients)
 
 
-def _memory_order(like: Tensor) -> list[int]:
-    return sorted(range(like.dim()), key=like.stride, reverse=True)
+def _multiplies_in_float32() -> bool:
+    """Not so after ``torch.set_float32_matmul_precision("medium")``, which is bfloat16 here too."""
+    if hasattr(torch.backends.mkldnn, "matmul"):  # torch 2.9
+        return torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")
+    return torch.get_float32_matmul_precision() == "highest"
+
+
+def _resolved(gramian: Tensor, columns: int) -> bool:
+    """Whether float32 products resolved it: each can lose 2^-126; 2^-30 of K_jj is what may be."""
+    squares = gramian.diagonal()
+    return bool((squares.isfinite() & (squares >= columns * 2.0**-96)).all())
+
+
+def _fits(weights: Tensor) -> bool:
+    """Whether float32 holds the weights, with room for products."""
+    size = weights.abs()
+    return bool(((size == 0) | ((size >= 2.0**-100) & (size <= 2.0**100))).all())
+
+
+def _widest(device: torch.device, lines: int = 1) -> int:
+    """Columns of a block: 4 MiB stay in the cache; a GPU wants few, large launches."""
+    return min(2**16, 2**20 // lines) if device.type == "cpu" else 2**18
 
 
 def _index(present: Sequence[int], device: torch.device) -> Tensor:
@@ -160,5 +283,5 @@ def _index(present: Sequence[int], device: torch.device) -> Tensor:
     return torch.stack([everyone[index] for index in present])
 
 
-def _device(rows: Sequence[Mapping[Tensor, Tensor]]) -> torch.device:
+def _device(rows: Rows) -> torch.device:
     return next(gradient.device for row in rows for gradient in row.values())

@@ -2,20 +2,32 @@
 
 Rows come from ``.backward()`` and not from ``autograd.grad``, because reentrant checkpointing and
 the hooks of DDP and FSDP work only there. While rows are taken, the parameters' own ``.grad`` are
-set aside; whatever happens, they are put back.
+set aside; whatever happens, they are put back. Only the rows of :class:`PartialRowTaker`, which are
+there to tell the weights, come from ``autograd.grad``.
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node, get_gradient_edge
 
-__all__ = ["Entry", "Losses", "Row", "RowTaker", "add_gradients", "check_parameters", "read_losses"]
+__all__ = [
+    "Entry",
+    "Losses",
+    "PartialRowTaker",
+    "Row",
+    "RowTaker",
+    "add_gradients",
+    "check_parameters",
+    "read_losses",
+]
 
 Closure = Callable[[], Tensor | None]
 Losses = Mapping[str | tuple[str, ...], Tensor | Closure | None] | Sequence[Tensor | Closure | None]
@@ -35,7 +47,8 @@ class Row:
     """The gradient of one loss, by parameter, for the parameters that it reaches."""
 
     gradients: dict[Tensor, Tensor]
-    loss: Tensor
+    loss: Tensor  # detached
+    graphs: list[Tensor] = field(default_factory=list)  # of partial rows: the losses themselves
 
 
 def read_losses(losses: Losses) -> list[Entry]:
@@ -109,6 +122,8 @@ class RowTaker:
         parameters: those of the optimizer. Frozen ones are ignored.
         rows: rows of earlier micro-batches by name; new gradients are added to them in place, as
             ``.grad`` would, so that accumulation takes no second copy.
+        dtype: what wider gradients are rounded to when a backward has ended, one parameter after
+            the other; None: nothing is. Sums over micro-batches are taken before rounding.
 
     On leaving without an error, leaves outside ``parameters`` that the losses reach hold the plain
     sum in ``.grad``. On an error every ``.grad`` is as before; ``rows`` are too, unless rows of
@@ -118,10 +133,16 @@ class RowTaker:
     called backward itself.
     """
 
-    def __init__(self, parameters: Iterable[Tensor], rows: dict[str, Row]) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        rows: dict[str, Row],
+        dtype: torch.dtype | None = None,
+    ) -> None:
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self.rows = rows
-        self._earlier = set(rows)
+        self._dtype = dtype
+        self._earlier = dict(rows)
         self._earlier_changed = False
         self._own: dict[Tensor, Tensor | None] = {}
         self._outside: dict[Tensor, Tensor | None] = {}
@@ -154,8 +175,8 @@ class RowTaker:
                 "dropped; start the accumulation again",
             )
         else:
-            for name in set(self.rows) - self._earlier:
-                del self.rows[name]
+            self.rows.clear()
+            self.rows.update(self._earlier)
 
     def take(self, entries: Sequence[Entry]) -> dict[str, Tensor | None]:
         """Run every closure and backward; returns the detached losses by name.
@@ -165,16 +186,9 @@ class RowTaker:
                 none of the parameters.
             TypeError, ValueError: what a closure returned is not a loss.
         """
-        tensors = [entry.loss for entry in entries if isinstance(entry.loss, Tensor)]
-        for entry in entries:
-            if isinstance(entry.loss, Tensor):
-                self._check_reach(entry.loss, entry.where)
-        seen: set[Node] = set()
-        for loss in tensors:
-            self._set_outside_aside(loss, seen)
-        del seen  # and with it all that keeps the graphs' nodes alive
-        retained = iter(_shared_with_later(tensors))
-        device = tensors[0].device if tensors else None
+        tensors = [(e.loss, e.where) for e in entries if isinstance(e.loss, Tensor)]
+        retained = iter(self._survey(tensors))
+        device = tensors[0][0].device if tensors else None
         taken: dict[str, Tensor | None] = {}
         for entry in entries:
             if isinstance(entry.loss, Tensor):
@@ -215,54 +229,198 @@ class RowTaker:
         if not isinstance(loss, Tensor):
             raise TypeError(f"{where} must be a scalar loss or None, got {_describe(loss)}")
         _checked_loss(loss, where, device)
-        self._check_reach(loss, entry.where)
-        self._set_outside_aside(loss, set())
+        self._survey([(loss, entry.where)])
         return loss
 
     def _backward(self, loss: Tensor, retain_graph: bool, entry: Entry) -> None:
         row = self.rows.get(entry.name)
+        earlier: dict[Tensor, Tensor] = {}
         if row is not None:
             self._earlier_changed = self._earlier_changed or entry.name in self._earlier
             for parameter, gradient in row.gradients.items():
-                if parameter in self._own:  # and not frozen or removed since
+                if parameter not in self._own:  # frozen or removed since
+                    continue
+                if gradient.dtype == self._dtype:
+                    earlier[parameter] = gradient
+                else:
                     parameter.grad = gradient
-        with _noted(
-            f"in the backward of {entry.where}; if its graph was freed: a loss can be used once, "
-            "and a closure must run its own forward (losses that share one are given as tensors)"
-        ):
+            row.gradients.clear()
+        with _noted(_in_backward(entry)):
             torch.autograd.backward(loss, retain_graph=retain_graph)
-        gradients = {}
+        gradients = earlier
         for parameter in self.parameters:
             if parameter.grad is not None:
-                if parameter.grad.layout is not torch.strided:
-                    raise ValueError(
-                        f"{entry.where} has a sparse gradient for a parameter of shape "
-                        f"{tuple(parameter.shape)}; use dense gradients (for nn.Embedding: "
-                        "sparse=False) or give that parameter to an optimizer of its own"
-                    )
-                gradients[parameter] = _owned(parameter.grad)
+                _refuse_sparse(parameter.grad, parameter, entry.where)
+                gradients[parameter] = self._kept(parameter.grad, earlier.get(parameter))
                 parameter.grad = None
         if not gradients:
             raise _reaches_nothing(entry.where)
         total = loss.detach() if row is None else row.loss + loss.detach()
         self.rows[entry.name] = Row(gradients, total)
 
-    def _check_reach(self, loss: Tensor, where: str) -> None:
-        """Raise before any graph is freed, if the graph shows that the loss reaches nothing."""
-        own = self._own.keys()
-        for node in _walk(loss, set()):
-            # Behind a Python function (a reentrant checkpoint) there may be parameters that the
-            # graph does not show: its backward will tell.
-            if isinstance(node, torch.autograd.function.BackwardCFunction) or _leaf(node) in own:
-                return
-        raise _reaches_nothing(where)
+    def _kept(self, gradient: Tensor, earlier: Tensor | None) -> Tensor:
+        """What a row keeps of a gradient, added to that of earlier micro-batches."""
+        if self._dtype is None or gradient.element_size() <= self._dtype.itemsize:
+            return _owned(gradient) if earlier is None else gradient + earlier
+        if earlier is not None:
+            gradient = gradient + earlier  # in the wider dtype
+        return gradient.to(self._dtype)
 
-    def _set_outside_aside(self, loss: Tensor, seen: set[Node]) -> None:
-        for node in _walk(loss, seen):
-            leaf = _leaf(node)
-            if leaf is not None and leaf not in self._own and leaf not in self._outside:
-                self._outside[leaf] = leaf.grad
-                leaf.grad = None
+    def _survey(self, losses: Sequence[tuple[Tensor, str]]) -> list[bool]:
+        """Look through the graphs: whether each is retained, because a later loss needs some of it.
+
+        Leaves outside the optimizer are set aside. Raises before any graph is freed if the graph
+        shows that a loss reaches nothing.
+        """
+        owner: dict[Node, int] = {}  # the last loss whose graph a node is in
+        leaves: dict[Node, bool] = {}  # whether the leaf is a parameter
+        retained = [False] * len(losses)
+        nowhere: list[int] = []
+        for index in reversed(range(len(losses))):
+            reaches = False
+            stack: list[Node | None] = [get_gradient_edge(losses[index][0]).node]
+            while stack:
+                node = stack.pop()
+                if node is None:
+                    continue
+                if node in leaves:  # always shared, with nothing that a backward frees
+                    reaches = reaches or leaves[node]
+                    continue
+                if node in owner:
+                    retained[index] = retained[index] or owner[node] != index
+                    continue
+                owner[node] = index
+                following = node.next_functions
+                if following:
+                    stack.extend([other for other, _ in following])
+                    # Behind a Python function (a reentrant checkpoint) there may be parameters
+                    # that the graph does not show: its backward will tell.
+                    reaches = reaches or isinstance(node, BackwardCFunction)
+                elif (leaf := _leaf(node)) is not None:
+                    leaves[node] = leaf in self._own
+                    reaches = reaches or leaves[node]
+                    if not leaves[node] and leaf not in self._outside:
+                        self._outside[leaf] = leaf.grad
+                        leaf.grad = None
+            if not reaches and not (retained[index] and self._reaches(losses[index][0])):
+                nowhere.append(index)
+        if nowhere:
+            raise _reaches_nothing(losses[nowhere[-1]][1])
+        return retained
+
+    def _reaches(self, loss: Tensor) -> bool:
+        """Whether the graph shows that the loss reaches some parameter, or may."""
+        return any(
+            isinstance(node, BackwardCFunction) or _leaf(node) in self._own for node in _walk(loss)
+        )
+
+
+class PartialRowTaker(RowTaker):
+    """Rows on some parameters only; the graphs stay, for one backward of all weighted losses.
+
+    Args:
+        parameters: those of the optimizer. Frozen ones are ignored.
+        rows: partial rows of earlier micro-batches by name, with their graphs.
+        measured: the parameters that rows are taken on. Backwards stop there.
+
+    Otherwise as :class:`RowTaker`. Rows of earlier micro-batches are added to in copies: until
+    :meth:`merge`, an error leaves them as they were.
+    """
+
+    def __init__(
+        self, parameters: Iterable[Tensor], rows: dict[str, Row], measured: Iterable[Tensor]
+    ) -> None:
+        super().__init__(parameters, rows)
+        self.measured = [parameter for parameter in measured if parameter.requires_grad]
+
+    def __enter__(self) -> "PartialRowTaker":
+        if not self.measured:
+            raise ValueError(
+                "conflict_parameters: none of them requires grad any more, so that conflicts "
+                "cannot be measured"
+            )
+        super().__enter__()
+        return self
+
+    def merge(self, weights: Tensor) -> dict[Tensor, Tensor]:
+        """The gradient of sum_i w_i loss_i, for each parameter that a loss reaches.
+
+        Args:
+            weights: (m,), in the order of ``rows``. Leaves outside ``parameters`` have weight one,
+                at the price of a second backward where there are any.
+        """
+        losses, factors = [], []
+        for row, weight in zip(self.rows.values(), weights.detach().unbind(), strict=True):
+            losses += row.graphs
+            factors += [weight.to(loss).reshape(loss.shape) for loss in row.graphs]
+        super()._survey([(loss, "a loss") for loss in losses])
+        with _noted(
+            "in the one backward of all losses; with conflict_parameters the graphs of all losses "
+            "are needed until then"
+        ):
+            torch.autograd.backward(
+                losses,
+                factors,
+                retain_graph=bool(self._outside),
+                inputs=self.parameters if self._outside else None,
+            )
+            if self._outside:
+                ones = [torch.ones_like(loss) for loss in losses]
+                torch.autograd.backward(losses, ones, inputs=list(self._outside))
+        merged = {}
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                _refuse_sparse(parameter.grad, parameter, "a loss")
+                merged[parameter] = _owned(parameter.grad)
+                parameter.grad = None
+        return merged
+
+    def reached_by_all(self) -> set[Tensor]:
+        """The parameters that every loss reaches, as far as the graphs show."""
+        common = set(self.parameters)
+        for row in self.rows.values():
+            nodes = itertools.chain.from_iterable(map(_walk, row.graphs))
+            common.intersection_update([leaf for leaf in map(_leaf, nodes) if leaf is not None])
+        return common
+
+    def _survey(self, losses: Sequence[tuple[Tensor, str]]) -> list[bool]:
+        return [True] * len(losses)  # the rest is seen to when the graphs are used up
+
+    def _backward(self, loss: Tensor, retain_graph: bool, entry: Entry) -> None:
+        with _noted(_in_backward(entry)):
+            found = torch.autograd.grad(loss, self.measured, retain_graph=True, allow_unused=True)
+        gradients: dict[Tensor, Tensor] = {}
+        for parameter, gradient in zip(self.measured, found, strict=True):
+            if gradient is not None:
+                _refuse_sparse(gradient, parameter, entry.where)
+                gradients[parameter] = _owned(gradient)
+        if not gradients:
+            raise ValueError(
+                f"{entry.where} reaches none of the conflict_parameters, so that its conflicts "
+                "cannot be measured; choose parameters that every loss uses"
+            )
+        row = self.rows.get(entry.name, Row({}, torch.zeros_like(loss)))
+        for parameter, gradient in row.gradients.items():
+            more = gradients.get(parameter)
+            gradients[parameter] = gradient if more is None else gradient + more
+        total = row.loss + loss.detach()
+        self.rows[entry.name] = Row(gradients, total, [*row.graphs, loss])
+
+
+def _in_backward(entry: Entry) -> str:
+    return (
+        f"in the backward of {entry.where}; if its graph was freed: a loss can be used once, and a "
+        "closure must run its own forward (losses that share one are given as tensors)"
+    )
+
+
+def _refuse_sparse(gradient: Tensor, parameter: Tensor, where: str) -> None:
+    if gradient.layout is not torch.strided:
+        raise ValueError(
+            f"{where} has a sparse gradient for a parameter of shape {tuple(parameter.shape)}; use "
+            "dense gradients (for nn.Embedding: sparse=False) or give that parameter to an "
+            "optimizer of its own"
+        )
 
 
 def _owned(gradient: Tensor) -> Tensor:
@@ -271,8 +429,9 @@ def _owned(gradient: Tensor) -> Tensor:
     return gradient.clone() if gradient.untyped_storage().nbytes() > size else gradient
 
 
-def _walk(loss: Tensor, seen: set[Node]) -> Iterator[Node]:
-    """The nodes of the graph of ``loss`` that are not in ``seen``, to which they are added."""
+def _walk(loss: Tensor) -> Iterator[Node]:
+    """Every node of the graph of ``loss``."""
+    seen: set[Node] = set()
     stack: list[Node | None] = [get_gradient_edge(loss).node]
     while stack:
         node = stack.pop()
@@ -288,26 +447,6 @@ def _leaf(node: Node) -> Tensor | None:
         leaf: Tensor = node.variable  # type: ignore[attr-defined]
         return leaf
     return None
-
-
-def _shared_with_later(losses: Sequence[Tensor]) -> list[bool]:
-    """For each loss, whether a later one needs part of its graph: only then it is retained."""
-    later: set[Node] = set()
-    shared = []
-    for loss in reversed(losses):
-        graph: set[Node] = set()
-        stack: list[Node | None] = [get_gradient_edge(loss).node]
-        shared.append(False)
-        while stack:
-            node = stack.pop()
-            if node in later:
-                # Leaves are always shared, and hold nothing that a backward frees.
-                shared[-1] = shared[-1] or _leaf(node) is None
-            elif node is not None and node not in graph:
-                graph.add(node)
-                stack.extend(following for following, _ in node.next_functions)
-        later |= graph
-    return shared[::-1]
 
 
 @contextlib.contextmanager

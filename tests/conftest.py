@@ -1,7 +1,13 @@
 """Hypothesis profiles: ``pytest --hypothesis-profile=thorough`` searches longer."""
 
+import os
+
 import torch
 from hypothesis import HealthCheck, settings
+
+if not torch.cuda.is_available():
+    # Triton reads this when it is first imported: without a GPU its kernels are interpreted.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # The tensors are small: two threads would wait for each other longer than they compute.
 torch.set_num_threads(1)

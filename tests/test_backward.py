@@ -746,6 +746,17 @@ def test_only_graphs_that_are_really_shared_are_retained() -> None:
     assert watch.alive() == set()
 
 
+def test_a_graph_that_branches_and_joins_is_not_shared_by_that() -> None:
+    model, losses = towers(), []
+    for _ in range(2):
+        hidden = model.a(torch.randn(4, 3, dtype=torch.float64))
+        losses.append((hidden + hidden.tanh()).square().mean())
+    optimizer_of(list(model.parameters())).backward(losses)
+    for loss in losses:
+        with pytest.raises(RuntimeError, match="second time"):
+            loss.backward()
+
+
 @pytest.mark.parametrize("method", ["backward", "accumulate", "step"])
 def test_closures_keep_one_graph_alive_at_a_time(method: str) -> None:
     model, watch = towers(), GraphWatch()

@@ -97,7 +97,15 @@ def test_wrapping_changes_nothing_of_the_base() -> None:
 def test_constructor_signature() -> None:
     parameters = inspect.signature(ModalityDecoupledOptimizer).parameters
     keywords = {n: p.default for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
-    assert keywords == {"rule": "gmd", "scope": "shared", "reduction": "mean", "seed": 0}
+    assert keywords == {
+        "rule": "gmd",
+        "scope": "shared",
+        "reduction": "mean",
+        "seed": 0,
+        "fused": None,
+        "conflict_parameters": None,
+        "row_dtype": None,
+    }
     assert [n for n, p in parameters.items() if p.kind is not p.KEYWORD_ONLY] == ["base"]
 
 
