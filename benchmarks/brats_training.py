@@ -738,5 +738,7 @@ def _compile_blocks(model: DynamicSharingUNet3d) -> None:
     torch._dynamo.config.recompile_limit = max(
         torch._dynamo.config.recompile_limit, 4 * len(MODALITIES) * len(blocks)
     )
+    # Several losses go back through one graph: it must not hand its buffers away at the first.
+    torch._functorch.config.donated_buffer = False
     for block in blocks:
         block.compile()
