@@ -16,7 +16,15 @@ from matplotlib.patches import Patch
 
 from benchmarks.results import atomic_path
 
-__all__ = ["draw_angles", "draw_cases", "draw_combinations", "draw_curves", "draw_scores"]
+__all__ = [
+    "draw_angles",
+    "draw_cases",
+    "draw_combinations",
+    "draw_curves",
+    "draw_projection",
+    "draw_scores",
+    "draw_steps",
+]
 
 Array = npt.NDArray[np.float64]
 
@@ -273,6 +281,85 @@ def draw_curves(
         _finish(figure, path, title, [], [])
 
 
+def draw_projection(
+    path: Path,
+    title: str,
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
+) -> None:
+    """Time of a projection over one read of its data, against n: a panel per number of rows.
+
+    Args:
+        path: the file to write.
+        title: of the whole picture.
+        panels: by the panel's title: by method, (n, ratio); both axes are logarithmic.
+    """
+    methods = list(dict.fromkeys(method for panel in panels.values() for method in panel))
+    with style.context(STYLE):
+        figure = Figure(figsize=(max(7.0, 1.0 + 2.6 * len(panels)), 4.4))
+        axes = figure.subplots(1, max(1, len(panels)), sharex=True, sharey=True, squeeze=False)[0]
+        for axis, (name, panel) in zip(axes, panels.items(), strict=False):
+            for method, points in panel.items():
+                axis.plot(*zip(*points, strict=True), label=method, **_speed_look(method, methods))
+            axis.axhline(1, color=BLACK, linestyle=(0, (4, 3)), linewidth=1.2, label="one read")
+            axis.set_xscale("log")
+            axis.set_yscale("log")
+            axis.set_title(name)
+            axis.set_xlabel("n")
+        axes[0].set_ylim(bottom=0.7)
+        axes[0].yaxis.set_major_formatter("{x:g}")
+        axes[0].set_ylabel("time / one read of the data")
+        _finish(
+            figure,
+            path,
+            "Projection alone: from rows to the merged gradient\n" + title,
+            *_legend_of(axes),
+        )
+
+
+def draw_steps(
+    path: Path,
+    title: str,
+    panels: Mapping[str, Mapping[str, tuple[float, float, float]]],
+) -> None:
+    """Ratios of steps to the joint step: two panels side by side, a line per method.
+
+    Args:
+        path: the file to write.
+        title: of the whole picture.
+        panels: by the panel's title: by method, the lowest, median and highest ratio.
+    """
+    methods = list(dict.fromkeys(method for panel in panels.values() for method in panel))
+    with style.context(STYLE):
+        lines = -(-len(panels) // 2)
+        figure = Figure(figsize=(12.0, (0.55 + 0.24 * len(methods)) * lines + 1.0))
+        axes = figure.subplots(lines, 2, sharex=True, sharey=True, squeeze=False)
+        # Down the left column, then down the right one.
+        for axis, (name, panel) in zip(axes.T.flat, panels.items(), strict=False):
+            for place, method in enumerate(methods):
+                if method in panel:
+                    low, middle, high = panel[method]
+                    color = _speed_look(method, methods)["color"]
+                    axis.plot([low, high], [place, place], color=color, linewidth=2, alpha=0.45)
+                    axis.plot(middle, place, marker="o", color=color, markersize=6)
+                    number = f"{middle:.2f}" if middle < 10 else f"{middle:.1f}"
+                    axis.annotate(
+                        number, (high, place), (7, 0), textcoords="offset points", va="center",
+                        fontsize=9, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
+                    )  # fmt: skip
+            axis.axvline(1, color=BLACK, linestyle=(0, (4, 3)), linewidth=1.2)
+            axis.set_xscale("log")
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.set_title(name)
+            axis.grid(axis="y", visible=False)
+        axes[0][0].set_yticks(range(len(methods)), methods)
+        axes[0][0].set_ylim(len(methods) - 0.5, -0.5)
+        low, high = axes[0][0].get_xlim()
+        axes[0][0].set_xlim(low, high * 1.5)  # room for the numbers
+        for axis in axes[-1]:
+            axis.set_xlabel("time / joint step (forward and backward; bar: from least to most)")
+        _finish(figure, path, "A step against one backward of the summed losses\n" + title, [], [])
+
+
 def smooth(values: Array, window: int) -> Array:
     """Centred moving mean along the last axis that skips NaN; shorter windows at both ends."""
     known = np.isfinite(values)
@@ -500,6 +587,24 @@ def _window(steps: int) -> int:
 
 def _color(method: str) -> str:
     return METHOD_COLORS.get(method, PURPLE)
+
+
+def _speed_look(method: str, methods: Sequence[str]) -> dict[str, Any]:
+    """Ours in red, TorchJD in blue and its neighbours, anything else in grey and black."""
+    families = {
+        "ours": (RED, ORANGE, YELLOW, PURPLE, "#882255"),
+        "TorchJD": (BLUE, SKY, GREEN, "#004466"),
+        "": ("#7F7F7F", BLACK, "#B0B0B0"),
+    }
+    family = next(name for name in families if method.startswith(name))
+    others = [name for name in methods if next(f for f in families if name.startswith(f)) == family]
+    place = others.index(method)
+    marker = {"ours": "D", "TorchJD": "o", "": "s"}[family]
+    colors = families[family]
+    return {
+        "color": colors[place % len(colors)], "marker": marker, "markersize": 5, "linewidth": 1.6,
+        "linestyle": ("-", "--", ":")[place % 3],
+    }  # fmt: skip
 
 
 def _legend_of(axes: Sequence[Axes]) -> tuple[list[Any], list[str]]:

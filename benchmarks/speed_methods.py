@@ -1,0 +1,394 @@
+"""What the speed benchmark compares: models with several losses, and ways to one gradient.
+
+A new way is one line in METHODS (whole steps) or in PROJECTIONS (rows that are already there).
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchjd.aggregation import PCGrad, PCGradWeighting, UPGrad
+from torchjd.autogram import Engine
+from torchjd.autojac import backward, jac_to_grad, mtl_backward
+
+from gradsplit import ModalityDecoupledOptimizer, modality_combinations, rules
+from gradsplit.gramian import gramian, merge
+from gradsplit.sharing import fuse_available
+from reference_models.sentiment_transformer import SentimentTransformer, SentimentTransformerConfig
+from reference_models.unet3d import DynamicSharingUNet3d, UNet3dConfig
+
+__all__ = [
+    "METHODS",
+    "PROJECTIONS",
+    "Jacobian",
+    "MLPTask",
+    "Method",
+    "SentimentTask",
+    "Task",
+    "UNetTask",
+    "pairwise_pcgrad",
+    "unet_sizes",
+]
+
+Losses = list[Tensor]
+SAMPLE = 5  # losses drawn per step, as in the GMD paper
+
+
+# --- projection: the rows are there --------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Jacobian:
+    """Random rows, in [-1, 1]: about half of the pairs conflict.
+
+    Attributes:
+        parameters: the keys of the rows; their content is never touched.
+        rows: m mappings parameter -> gradient, each gradient a tensor of its own.
+        matrix: (m, n), a copy of the same numbers.
+        orders: (m, m), row i a permutation: whom row i meets, one after another.
+    """
+
+    parameters: list[Tensor]
+    rows: list[dict[Tensor, Tensor]]
+    matrix: Tensor
+    orders: Tensor
+
+    @classmethod
+    def random(cls, rows: int, sizes: Sequence[int], device: torch.device) -> "Jacobian":
+        """Of ``rows`` rows, for parameters of ``sizes`` elements."""
+        parameters = [torch.empty(size, device=device) for size in sizes]
+        matrix = torch.empty(rows, sum(sizes), device=device).uniform_(-1, 1)
+        mappings = [
+            {p: part.clone() for p, part in zip(parameters, line.split(list(sizes)), strict=True)}
+            for line in matrix
+        ]
+        orders = torch.stack([torch.randperm(rows) for _ in range(rows)])
+        return cls(parameters, mappings, matrix, orders)
+
+
+def unet_sizes(columns: int) -> list[int]:
+    """The sizes of the U-Net's tensors, scaled to ``columns`` elements in all."""
+    with torch.device("meta"):
+        sizes = [parameter.numel() for parameter in DynamicSharingUNet3d().parameters()]
+    scaled = [max(1, size * columns // sum(sizes)) for size in sizes]
+    scaled[scaled.index(max(scaled))] += columns - sum(scaled)
+    return scaled
+
+
+def pairwise_pcgrad(matrix: Tensor, orders: Tensor) -> Tensor:
+    """PCGrad as its paper defines it, pair by pair on flat vectors: (m, n), (m, m) -> (n,).
+
+    Row i meets the others in the order ``orders[i]`` and loses its component along each that it
+    conflicts with; all are summed.
+    """
+    merged = torch.zeros_like(matrix[0])
+    for i, order in enumerate(orders.tolist()):
+        running = matrix[i].clone()
+        for j in order:
+            if j != i and (dot := torch.dot(running, matrix[j])) < 0:
+                running -= dot / torch.dot(matrix[j], matrix[j]) * matrix[j]
+        merged += running
+    return merged
+
+
+def _ours(fused: bool) -> Callable[[Jacobian], Any]:
+    def project(jacobian: Jacobian) -> dict[Tensor, Tensor]:
+        measured = gramian(jacobian.rows, jacobian.parameters, fused)
+        return merge(jacobian.rows, jacobian.parameters, rules.gmd(measured), fused)
+
+    return project
+
+
+READ, OURS, LOOP, JD_PCGRAD = "one read", "ours", "pairwise loop", "TorchJD PCGrad"
+FUSED = "ours, fused"  # on a GPU only: Triton's interpreter is not made for speed
+PROJECTIONS: Mapping[str, Callable[[Jacobian], Any]] = {
+    READ: lambda jacobian: jacobian.matrix.sum(),
+    OURS: _ours(fused=False),
+    FUSED: _ours(fused=True),
+    LOOP: lambda jacobian: pairwise_pcgrad(jacobian.matrix, jacobian.orders),
+    JD_PCGRAD: lambda jacobian: PCGrad()(jacobian.matrix),
+    "TorchJD UPGrad": lambda jacobian: UPGrad()(jacobian.matrix),
+}
+
+
+# --- whole steps: models with several losses -----------------------------------------------------
+
+
+class Task:
+    """A model, a batch and m losses.
+
+    Attributes:
+        model: its parameters are all that is trained.
+        losses: m.
+        trunk: the module whose outputs all losses are computed from.
+        head: the module whose outputs the losses are computed from.
+        block: the last one before it with parameters that every loss reaches.
+    """
+
+    model: nn.Module
+    losses: int
+    trunk: nn.Module
+    head: nn.Module
+    block: nn.Module
+
+    def together(self, chosen: Sequence[int]) -> Losses:
+        """The losses ``chosen``, of 0 ... m - 1, from one forward that they share."""
+        raise NotImplementedError
+
+    def apart(self, chosen: Sequence[int]) -> Losses:
+        """The same, each from a forward of its own."""
+        return [self.together([index])[0] for index in chosen]
+
+    def batched(self) -> Losses:
+        """All of them, from one forward of all modalities in one batch."""
+        raise NotImplementedError
+
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.model.parameters())
+
+    def clear(self) -> None:
+        """Forget all gradients and Jacobians."""
+        for parameter in self.model.parameters():
+            parameter.grad = None
+            if hasattr(parameter, "jac"):
+                del parameter.jac
+
+
+class UNetTask(Task):
+    """The BraTS U-Net, one loss per combination of its first ``modalities``, of four."""
+
+    def __init__(
+        self, modalities: int, width: int, crop: int, batch: int, device: torch.device
+    ) -> None:
+        torch.manual_seed(0)
+        config = UNet3dConfig(UNet3dConfig.modalities[:modalities], width=width)
+        self.model: DynamicSharingUNet3d = DynamicSharingUNet3d(config).to(device)
+        self.combinations = modality_combinations(config.modalities)
+        self.losses = len(self.combinations)
+        self.trunk = self.head = self.model.head
+        self.block = self.model.decoder[-1].get_submodule("conv2")
+        self.volume = torch.randn(batch, modalities, crop, crop, crop, device=device)
+        shape = (batch, len(self.model.config.regions), crop, crop, crop)
+        self.target = (torch.rand(shape, device=device) > 0.7).float()
+
+    def together(self, chosen: Sequence[int]) -> Losses:
+        combinations = [self.combinations[index] for index in chosen]
+        logits = self.model(self.volume, combinations=combinations)
+        return [self._loss(logits[number]) for number in range(len(combinations))]
+
+    def apart(self, chosen: Sequence[int]) -> Losses:
+        names = [self.combinations[index] for index in chosen]
+        return [self._loss(self.model(self.volume, available=available)) for available in names]
+
+    def batched(self) -> Losses:
+        modalities, batch = self.model.config.modalities, len(self.volume)
+        stacked = torch.cat(self.volume.split(1, dim=1))  # (M B, 1, D, H, W)
+        # The model itself never does this with gradients: it would join the modalities' graphs.
+        logits = self.model._branch([name for name in modalities for _ in range(batch)], stacked)
+        features = dict(zip(modalities, logits.split(batch), strict=True))
+        fused = fuse_available(features, combinations=self.combinations)
+        return [self._loss(fused[number]) for number in range(self.losses)]
+
+    def _loss(self, logits: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(logits, self.target)
+
+
+class SentimentTask(Task):
+    """The sentiment transformer, one loss per combination of three modalities."""
+
+    def __init__(self, frames: int, batch: int, device: torch.device) -> None:
+        torch.manual_seed(0)
+        config = SentimentTransformerConfig(dropout=0.0)  # with it, autogram is not possible
+        self.model: SentimentTransformer = SentimentTransformer(config).to(device)
+        self.combinations = modality_combinations(config.dims)
+        self.losses = len(self.combinations)
+        self.trunk, self.head = self.model.norm, self.model.head
+        self.block = self.model.blocks[-1].get_submodule("mlp.2")
+        self.inputs = {
+            name: torch.randn(batch, frames, size, device=device)
+            for name, size in config.dims.items()
+        }
+        self.target = torch.randn(batch, device=device)
+
+    def together(self, chosen: Sequence[int]) -> Losses:
+        combinations = [self.combinations[index] for index in chosen]
+        scores = self.model(self.inputs, combinations=combinations)
+        return [F.l1_loss(scores[number], self.target) for number in range(len(combinations))]
+
+    def apart(self, chosen: Sequence[int]) -> Losses:
+        found = []
+        for index in chosen:
+            inputs = {name: self.inputs[name] for name in self.combinations[index]}
+            found.append(F.l1_loss(self.model(inputs), self.target))
+        return found
+
+
+class MLPTask(Task):
+    """A deep MLP of small tensors, one loss per output."""
+
+    def __init__(
+        self, layers: int, width: int, losses: int, batch: int, device: torch.device
+    ) -> None:
+        torch.manual_seed(0)
+        hidden: list[nn.Module] = []
+        for _ in range(layers - 1):
+            hidden += [nn.Linear(width, width), nn.ReLU()]
+        trunk, head = nn.Sequential(*hidden), nn.Linear(width, losses)
+        self.model: nn.Sequential = nn.Sequential(trunk, head).to(device)
+        self.losses = losses
+        self.trunk, self.head, self.block = trunk, head, hidden[-2]
+        self.input = torch.randn(batch, width, device=device)
+        self.target = torch.randn(batch, losses, device=device)
+
+    def together(self, chosen: Sequence[int]) -> Losses:
+        output = self.model(self.input)
+        return [F.mse_loss(output[:, index], self.target[:, index]) for index in chosen]
+
+
+# --- whole steps: ways to one gradient -----------------------------------------------------------
+
+Backward = Callable[[Any], object]
+"""Takes what the forward of a method returned; leaves the gradient in ``.grad``."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way.
+
+    Attributes:
+        name: in tables and pictures.
+        backward: made once per task; of the task.
+        forward: "losses" (all of them); "sampled": five, drawn anew at each step; "batched": all
+            modalities in one batch, where the task has that; "features": the losses and what
+            they are computed from (forwards that are shared only).
+        option: an argument of ModalityDecoupledOptimizer without which there is no such method.
+    """
+
+    name: str
+    backward: Callable[[Task], Backward]
+    forward: str = "losses"
+    option: str | None = None
+
+    def exists(self) -> bool:
+        """Whether this gradsplit has the option it needs."""
+        known = inspect.signature(ModalityDecoupledOptimizer).parameters
+        return self.option is None or self.option in known
+
+    def fits(self, task: Task, apart: bool) -> bool:
+        """Whether it exists for that task, with forwards that are shared or ``apart``."""
+        if not self.exists():
+            return False
+        if self.forward == "batched":
+            return not apart and type(task).batched is not Task.batched
+        return not (apart and self.forward == "features")
+
+    def forward_of(self, task: Task, apart: bool, seed: int = 0) -> Callable[[], Any]:
+        """The forward: call it once per step."""
+        run = task.apart if apart else task.together
+        everyone = list(range(task.losses))
+        if self.forward == "sampled":
+            generator = torch.Generator().manual_seed(seed)
+
+            def sampled() -> Losses:
+                drawn = torch.randperm(task.losses, generator=generator)[:SAMPLE]
+                return run(sorted(drawn.tolist()))
+
+            return sampled
+        if self.forward == "batched":
+            return task.batched
+        if self.forward == "features":
+            return lambda: _with_features(task)
+        return lambda: run(everyone)
+
+
+def _with_features(task: Task) -> tuple[Losses, list[Tensor]]:
+    """The losses, and the outputs of the trunk that they are computed from."""
+    features: list[Tensor] = []
+    handle = task.trunk.register_forward_hook(lambda module, args, out: features.append(out))
+    try:
+        return task.together(range(task.losses)), features
+    finally:
+        handle.remove()
+
+
+def _joint(task: Task) -> Backward:
+    return lambda losses: torch.stack(losses).sum().backward()
+
+
+def _one_by_one(task: Task) -> Backward:
+    def run(losses: Losses) -> None:
+        for number, loss in enumerate(losses, start=1):
+            loss.backward(retain_graph=number < len(losses))
+
+    return run
+
+
+def _decoupled(
+    conflicts_of: Callable[[Task], nn.Module] | None = None, **options: Any
+) -> Callable[[Task], Backward]:
+    def make(task: Task) -> Backward:
+        chosen = dict(options)
+        if conflicts_of is not None:
+            chosen["conflict_parameters"] = conflicts_of(task).parameters()
+        base = torch.optim.SGD(task.parameters(), lr=0.0)
+        return ModalityDecoupledOptimizer(base, **chosen).backward
+
+    return make
+
+
+def _autojac(chunk: int | None) -> Callable[[Task], Backward]:
+    def make(task: Task) -> Backward:
+        def run(losses: Losses) -> None:
+            backward(losses, inputs=task.parameters(), parallel_chunk_size=chunk)
+            jac_to_grad(task.parameters(), PCGrad())
+
+        return run
+
+    return make
+
+
+def _mtl(task: Task) -> Backward:
+    def run(found: tuple[Losses, list[Tensor]]) -> None:
+        losses, features = found
+        # Losses meet between their heads and the features: without this their graphs are freed.
+        mtl_backward(losses, features=features, retain_graph=True, parallel_chunk_size=1)
+        jac_to_grad([p for p in task.parameters() if hasattr(p, "jac")], PCGrad())
+
+    return run
+
+
+def _autogram(task: Task) -> Backward:
+    engine, weighting = Engine(task.model, batch_dim=None), PCGradWeighting()
+
+    def run(losses: Losses) -> None:
+        joined = torch.stack(losses)
+        joined.backward(weighting(engine.compute_gramian(joined)))
+
+    return run
+
+
+JOINT, PLAIN, BATCHED = "joint sum", "m backwards", "m backwards, batched"
+EXACT, SAMPLED, HALF = "ours", "ours, k = 5", "ours, bfloat16 rows"
+ON_HEAD, ON_BLOCK = "ours, conflicts of head", "ours, conflicts of last block"
+AUTOJAC, VMAP, AUTOGRAM = (
+    "TorchJD autojac, one by one", "TorchJD autojac, vmap", "TorchJD autogram",
+)  # fmt: skip
+GROWING = (JOINT, PLAIN, EXACT, AUTOJAC, VMAP)  # of which the growth is measured
+METHODS = (
+    Method(JOINT, _joint),
+    Method(PLAIN, _one_by_one),
+    Method(BATCHED, _one_by_one, forward="batched"),
+    Method(EXACT, _decoupled()),
+    Method(SAMPLED, _decoupled(), forward="sampled"),
+    Method(ON_HEAD, _decoupled(lambda task: task.head), option="conflict_parameters"),
+    Method(ON_BLOCK, _decoupled(lambda task: task.block), option="conflict_parameters"),
+    Method(HALF, _decoupled(row_dtype=torch.bfloat16), option="row_dtype"),
+    Method(AUTOJAC, _autojac(1)),
+    Method(VMAP, _autojac(None)),
+    Method("TorchJD mtl_backward", _mtl, forward="features"),
+    Method(AUTOGRAM, _autogram),
+)

@@ -1,0 +1,474 @@
+"""What the speed benchmark reports: tables, goals, pictures. Everything from the numbers alone."""
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import results
+from benchmarks.pictures import draw_projection, draw_steps
+from benchmarks.speed_methods import (
+    AUTOGRAM,
+    AUTOJAC,
+    BATCHED,
+    EXACT,
+    FUSED,
+    GROWING,
+    HALF,
+    JD_PCGRAD,
+    JOINT,
+    LOOP,
+    METHODS,
+    ON_BLOCK,
+    ON_HEAD,
+    OURS,
+    PLAIN,
+    PROJECTIONS,
+    READ,
+    SAMPLED,
+    VMAP,
+)
+from benchmarks.speed_timing import fit_exponent, paired_ratio
+
+__all__ = ["PARTS", "Goal", "goals", "write_report"]
+
+PARTS = ("projection", "step", "memory", "growth")
+Content = Mapping[str, Any]
+"""What results.json holds; see ``benchmarks.speed.main``."""
+
+_MS, _S = 1e3, 1.0
+
+
+# --- goals ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A ratio that is wanted to be at most, or at least, so much.
+
+    Attributes:
+        what: in words.
+        sign: "<=" or ">=".
+        wanted: the goal.
+        measured: in this run; None where it was not measured.
+    """
+
+    what: str
+    sign: str
+    wanted: float
+    measured: float | None
+
+    @property
+    def verdict(self) -> str:
+        if self.measured is None:
+            return "not measured"
+        above = self.measured >= self.wanted
+        equal = self.measured == self.wanted
+        return "reached" if equal or above == (self.sign == ">=") else "NOT REACHED"
+
+
+def goals(parts: Mapping[str, Any]) -> list[Goal]:
+    """All that gradsplit wants to reach, with what this run found."""
+    found = [*_projection_goals(parts), *_step_goals(parts), *_memory_goals(parts)]
+    return [Goal(what, sign, wanted, measured) for what, sign, wanted, measured in found]
+
+
+_Found = list[tuple[str, str, float, float | None]]
+
+
+def _projection_goals(parts: Mapping[str, Any]) -> _Found:
+    cells = [c for c in parts.get("projection", []) if (c["rows"], c["columns"]) == (15, 5_000_000)]
+    seconds: Mapping[str, Sequence[float]] = cells[0]["seconds"] if cells else {}
+    best = FUSED if FUSED in seconds else OURS
+    where = "(m = 15, n = 5e6)"
+    return [
+        (f"Gramian + merge over one read of the rows {where}", "<=", 2.5,
+         _ratio(seconds, best, READ)),
+        (f"pairwise loop over ours {where}", ">=", 40, _ratio(seconds, LOOP, best)),
+        (f"TorchJD's PCGrad over ours {where}", ">=", 2.5, _ratio(seconds, JD_PCGRAD, best)),
+    ]  # fmt: skip
+
+
+def _step_goals(parts: Mapping[str, Any]) -> _Found:
+    step = parts.get("step", {"scenes": [], "forwards": {}})
+    shared, apart = _scene(step, "U-Net", False), _scene(step, "U-Net", True)
+    back = {name: taken["backward"] for name, taken in shared.items()}
+    whole, whole_apart = _whole(shared), _whole(apart)
+    forwards = step["forwards"]
+    evaluation = "evaluation, all combinations"
+    plain = _fastest(back, (PLAIN, BATCHED))
+    return [
+        ("our exact step over m plain backwards: backward part (U-Net, m = 15)", "<=", 1.03,
+         _ratio(back, EXACT, plain)),
+        ("our step over TorchJD's fastest, one forward per loss (U-Net, m = 15)", "<=", 0.2,
+         _ratio(whole_apart, EXACT, _fastest(whole_apart, (AUTOJAC, VMAP, AUTOGRAM)))),
+        ("conflict_parameters (head) step over the joint step (U-Net, m = 15)", "<=", 1.3,
+         _ratio(whole, ON_HEAD, JOINT)),
+        ("conflict_parameters (last block) step over the joint step (U-Net, m = 15)", "<=", 1.3,
+         _ratio(whole, ON_BLOCK, JOINT)),
+        ("k = 5 step over the joint step (U-Net, m = 15)", "<=", 2.3,
+         _ratio(whole, SAMPLED, JOINT)),
+        ("forward of all modalities over a loop over them (U-Net)", "<=", 1.0,
+         _ratio(forwards, "forward, all modalities", "loop over modalities")),
+        ("evaluation of 15 combinations over four branch passes (U-Net)", "<=", 1.15,
+         _ratio(forwards, evaluation, "one pass per modality, no gradients")),
+    ]  # fmt: skip
+
+
+def _memory_goals(parts: Mapping[str, Any]) -> _Found:
+    found: _Found = []
+    for task, m in (("U-Net", 15), ("MLP", 8)):
+        live = {
+            entry["method"]: _live(entry)
+            for entry in parts.get("memory", [])
+            if entry["task"] == task and entry["losses"] == m
+        }
+        what = f"live gradients in multiples of n ({task}, m = {m})"
+        found.append((f"{what}, goal m + 1.1", "<=", m + 1.1, live.get(EXACT)))
+        if task == "U-Net":
+            found.append((f"{what}, goal m + 1", "<=", m + 1.0, live.get(EXACT)))
+        found.append(
+            (f"{what}, bfloat16 rows, goal (m + 2) / 2 + 0.6", "<=", (m + 2) / 2 + 0.6,
+             live.get(HALF))
+        )  # fmt: skip
+    return found
+
+
+def _ratio(
+    seconds: Mapping[str, Sequence[float]], above: str | None, below: str | None
+) -> float | None:
+    if above is None or below is None or above not in seconds or below not in seconds:
+        return None
+    return paired_ratio(seconds[above], seconds[below])
+
+
+def _fastest(seconds: Mapping[str, Sequence[float]], names: Sequence[str]) -> str | None:
+    there = [name for name in names if name in seconds]
+    return min(there, key=lambda name: statistics.median(seconds[name]), default=None)
+
+
+def _scene(step: Mapping[str, Any], name: str, apart: bool) -> Mapping[str, Any]:
+    for scene in step["scenes"]:
+        if (scene["scene"], scene["apart"], scene["losses"]) == (name, apart, 15):
+            seconds: Mapping[str, Any] = scene["seconds"]
+            return seconds
+    return {}
+
+
+def _whole(scene: Mapping[str, Any]) -> dict[str, list[float]]:
+    """Seconds of forward and backward together."""
+    return {
+        name: [a + b for a, b in zip(taken["forward"], taken["backward"], strict=True)]
+        for name, taken in scene.items()
+    }
+
+
+def _live(entry: Mapping[str, Any]) -> float:
+    """Multiples of n float32 elements."""
+    return float(entry["live"] / entry["elements"] / 4)
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+
+def write_report(content: Content, folder: Path) -> str:
+    """Write results.json, table.md and the pictures into ``folder``; returns the table."""
+    parts = content["parts"]
+    reached = goals(parts)
+    results.write_json(
+        folder / results.RESULTS,
+        {**content, "goals": [{**vars(goal), "verdict": goal.verdict} for goal in reached]},
+    )
+    tables = [_header(content)]
+    tables += [_TABLES[part](parts[part], content) for part in PARTS if part in parts]
+    tables.append(_goal_table(reached, content))
+    table = "\n".join(tables)
+    results.write_text(folder / results.TABLE, table)
+    title = _title(content)
+    if "projection" in parts:
+        panels = _projection_panels(parts["projection"])
+        draw_projection(folder / "projection.png", title, panels)
+    if "step" in parts:
+        draw_steps(folder / "step.png", title, _step_panels(parts["step"]))
+    return table
+
+
+def _title(content: Content) -> str:
+    machine = content["machine"]
+    where = machine["gpu"] or f"{machine['processor']}, {_count(machine['threads'], 'thread')}"
+    quick = ", TOY SIZES (--quick)" if content["quick"] else ""
+    return f"{where}, torch {content['environment']['torch']}{quick}"
+
+
+def _header(content: Content) -> str:
+    machine, versions = content["machine"], content["environment"]
+    lines = [
+        "# gradsplit: speed",
+        "",
+        f"    $ {content['command']}",
+        "",
+        f"{content['date']}. {machine['processor']}, {_count(machine['cores'], 'core')}, "
+        f"{_count(machine['threads'], 'thread')} for torch"
+        + (f"; {machine['gpu']}" if machine["gpu"] else "")
+        + (f"; load of the machine at the end {machine['load']}" if machine["load"] else "")
+        + ".",
+        ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
+        "Times are the median (minimum-maximum) of the runs of one process, in which all methods "
+        "take turns;",
+        f"{content['sizes']['rounds']} runs each unless another number is given (×N): what takes "
+        "seconds runs less often. Ratios",
+        "are medians over the rounds.",
+    ]
+    if content["quick"]:
+        lines += ["", "**Toy sizes (--quick): the numbers show that it runs, not how fast.**"]
+    return "\n".join(lines) + "\n"
+
+
+def _projection_table(cells: Sequence[Mapping[str, Any]], content: Content) -> str:
+    names = [name for name in PROJECTIONS if any(_knows(cell, name) for cell in cells)]
+    rows = []
+    for cell in cells:
+        line = [str(cell["rows"]), f"{cell['columns']:.0e}".replace("e+0", "e")]
+        for name in names:
+            if name in cell["seconds"]:
+                line.append(_times(cell["seconds"][name], content, _MS))
+            else:
+                line.append("-")
+        for name in names[1:]:
+            ratio = _ratio(cell["seconds"], name, READ)
+            line.append("-" if ratio is None else f"{ratio:.1f}")
+        rows.append(line)
+    header = ["m", "n", *(f"{name} (ms)" for name in names), *(f"{n} / read" for n in names[1:])]
+    table = results.markdown_table(header, rows)
+    notes = [
+        "Float32 rows, random, as a list of gradients per parameter (182 tensors, the U-Net's "
+        "sizes scaled);",
+        "TorchJD and the loop get one (m, n) matrix. One read: the sum of that matrix. Ours: "
+        "Gramian, GMD rule,",
+        "merge. The loop: PCGrad as its paper defines it, pair by pair.",
+    ]
+    left = [
+        f"m = {cell['rows']}, n = {cell['columns']:.0e}: "
+        + (f"no {LOOP}: it " if len(cell["skipped"]) == 1 else "nothing: ")
+        + next(iter(cell["skipped"].values()))
+        for cell in cells
+        if cell["skipped"]
+    ]
+    if left:
+        notes += ["Left out: " + ";\n".join(left).replace("e+0", "e") + "."]
+    if FUSED not in names:
+        notes.append("Ours, fused: on a GPU only.")
+    return "\n## Projection alone\n\n" + table + "\n" + "\n".join(notes) + "\n"
+
+
+def _knows(cell: Mapping[str, Any], name: str) -> bool:
+    return name in cell["seconds"] or name in cell["skipped"]
+
+
+def _step_table(step: Mapping[str, Any], content: Content) -> str:
+    sizes = content["sizes"]
+    text = (
+        "\n## Whole step\n\n"
+        "Forward and backward, without the optimizer's step. Ours with the GMD rule, TorchJD with "
+        'PCGrad, whose weights\ncost the least. "m backwards" takes the gradients and does '
+        "nothing with them. k = 5: another draw at each step.\n"
+        "TorchJD's vmap has no batched backward of attention (sentiment): it runs once per loss.\n"
+        "Conflicts of: conflict_parameters, the U-Net's head or its last convolution before that, "
+        "the transformer's head or\nthe last linear layer of its last block, the MLP's last layer "
+        "or the one before.\n"
+    )
+    for scene in step["scenes"]:
+        whole = _whole(scene["seconds"])
+        rows = []
+        for name, taken in scene["seconds"].items():
+            back = {other: times["backward"] for other, times in scene["seconds"].items()}
+            rows.append(
+                [
+                    name,
+                    *(_times(taken[stage], content, _MS) for stage in ("forward", "backward")),
+                    _times(whole[name], content, _MS),
+                    f"{_ratio(back, name, PLAIN):.2f}",
+                    f"{_ratio(whole, name, JOINT):.2f}",
+                ]
+            )
+        header = [
+            "method", "forward (ms)", "backward (ms)", "both (ms)",
+            "backward / m backwards", "both / joint",
+        ]  # fmt: skip
+        shape = _shape_of(scene, sizes)
+        text += f"\n### {_scene_title(scene)}\n\n{shape}\n\n"
+        text += results.markdown_table(header, rows)
+    rows = [[name, _times(taken, content, _MS)] for name, taken in step["forwards"].items()]
+    text += f"\n### U-Net, forwards alone\n\n{sizes['crop']}^3, batch {sizes['batch']}.\n\n"
+    return text + results.markdown_table(["what", "time (ms)"], rows)
+
+
+def _scene_title(scene: Mapping[str, Any]) -> str:
+    how = "one forward per loss" if scene["apart"] else "one forward for all losses"
+    return f"{scene['scene']}, m = {scene['losses']}, {how}"
+
+
+def _shape_of(scene: Mapping[str, Any], sizes: Mapping[str, Any]) -> str:
+    crop = sizes["crop_apart"] if scene["apart"] else sizes["crop"]
+    shapes = {
+        "U-Net": f"crop {crop}^3, batch {sizes['batch']}, width {sizes['width']}",
+        "sentiment": f"{sizes['frames']} frames, batch {sizes['utterances']}, no dropout",
+        "MLP": f"width {sizes['mlp'][1]}, batch {sizes['utterances']}",
+    }
+    return f"n = {scene['elements']:,} in {scene['tensors']} tensors; {shapes[scene['scene']]}."
+
+
+def _memory_table(entries: Sequence[Mapping[str, Any]], content: Content) -> str:
+    rows = [
+        [
+            entry["task"],
+            str(entry["losses"]),
+            entry["method"],
+            f"{_live(entry):.2f}",
+            "-" if entry["resident"] is None
+            else f"{entry['resident'] / entry['elements'] / 4:.2f}",
+            f"{entry['elements'] * 4 / 1e6:.1f}",
+        ]
+        for entry in entries
+    ]  # fmt: skip
+    header = ["model", "m", "method", "live / n", "resident / n", "n (MB)"]
+    return (
+        "\n## Memory\n\n"
+        "In multiples of n float32 elements. Live: at most alive at once of all tensors that the "
+        "backward made, m rows\nand all else. Resident: growth of the process over forward and "
+        "backward, activations included; each method in a\nprocess of its own, second step. On "
+        "the CPU, with batches so small (U-Net: 16^3, batch 1; MLP: batch 2) that\nactivations "
+        "are little next to n. k = 5 has five rows.\n\n" + results.markdown_table(header, rows)
+    )
+
+
+def _growth_table(cells: Sequence[Mapping[str, Any]], content: Content) -> str:
+    text = "\n## Growth\n\nForward and backward of the MLP; p of time ~ size^p, fitted to all.\n"
+    for along, size in (("m", "losses"), ("n", "elements")):
+        some = [cell for cell in cells if cell["along"] == along]
+        fixed = (
+            f"n = {some[0]['elements']:,} or little more" if along == "m"
+            else f"m = {some[0]['losses']}"
+        )  # fmt: skip
+        sizes = [cell[size] for cell in some]
+        rows = []
+        for name in GROWING:
+            times = [statistics.median(cell["seconds"][name]) for cell in some]
+            shown = [_times(cell["seconds"][name], content, _MS) for cell in some]
+            rows.append([name, *shown, f"{fit_exponent(sizes, times):.2f}"])
+        header = ["method", *(f"{along} = {value:,} (ms)" for value in sizes), "p"]
+        text += f"\nAgainst {along}, {fixed}:\n\n" + results.markdown_table(header, rows)
+    return text + _projection_growth(content["parts"].get("projection", []))
+
+
+def _projection_growth(cells: Sequence[Mapping[str, Any]]) -> str:
+    """Exponents of the projection, along the row and the column with the most sizes."""
+    rows = []
+    for name in PROJECTIONS:
+        times = {
+            (cell["rows"], cell["columns"]): statistics.median(cell["seconds"][name])
+            for cell in cells
+            if name in cell["seconds"]
+        }
+        line = [name]
+        for axis in (0, 1):
+            by_other: dict[int, list[tuple[int, int]]] = {}
+            for key in times:
+                by_other.setdefault(key[1 - axis], []).append(key)
+            # The largest of those with the most sizes: far from where overheads rule.
+            other = max(by_other, key=lambda k: (len(by_other[k]), k), default=None)
+            keys = [] if other is None else sorted(by_other[other])
+            if len(keys) < 2:
+                line.append("-")
+                continue
+            p = fit_exponent([key[axis] for key in keys], [times[key] for key in keys])
+            sizes = f"{keys[0][axis]:,} to {keys[-1][axis]:,}"
+            line.append(f"{p:.2f} ({'mn'[axis]} = {sizes} at {'nm'[axis]} = {other:,})")
+        if times:
+            rows.append(line)
+    if not rows:
+        return ""
+    header = ["projection alone", "p against m", "p against n"]
+    return "\nThe projection, from the first part:\n\n" + results.markdown_table(header, rows)
+
+
+def _goal_table(reached: Sequence[Goal], content: Content) -> str:
+    rows = [
+        [
+            goal.what,
+            f"{goal.sign} {goal.wanted:g}",
+            "-" if goal.measured is None else f"{goal.measured:.3g}",
+            goal.verdict,
+        ]
+        for goal in reached
+    ]
+    quick = " (toy sizes: these ratios mean nothing)" if content["quick"] else ""
+    header = ["ratio", "goal", "this run", ""]
+    return f"\n## Goals{quick}\n\n" + results.markdown_table(header, rows)
+
+
+_TABLES: Mapping[str, Callable[[Any, Content], str]] = {
+    "projection": _projection_table,
+    "step": _step_table,
+    "memory": _memory_table,
+    "growth": _growth_table,
+}
+
+
+def _times(seconds: Sequence[float], content: Content, factor: float) -> str:
+    """Median (minimum-maximum), and how many there are if not all."""
+    low, middle, high = (
+        factor * value for value in (min(seconds), statistics.median(seconds), max(seconds))
+    )
+    # Three digits of the median, and as many decimals for all.
+    digits = max(0, 2 - math.floor(math.log10(middle))) if middle > 0 else 0
+    digits = min(digits, 3)
+    fewer = "" if len(seconds) == content["sizes"]["rounds"] else f" ×{len(seconds)}"
+    return f"{middle:.{digits}f} ({low:.{digits}f}-{high:.{digits}f}){fewer}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")
+
+
+# --- pictures ------------------------------------------------------------------------------------
+
+
+def _projection_panels(
+    cells: Sequence[Mapping[str, Any]],
+) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """By m and method: (n, time over one read)."""
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for m in sorted({cell["rows"] for cell in cells}):
+        panel: dict[str, list[tuple[float, float]]] = {}
+        for name in PROJECTIONS:
+            points = [
+                (float(cell["columns"]), ratio)
+                for cell in cells
+                if cell["rows"] == m and name != READ
+                and (ratio := _ratio(cell["seconds"], name, READ)) is not None
+            ]  # fmt: skip
+            if points:
+                panel[name] = points
+        if panel:
+            panels[f"{m} rows"] = panel
+    return panels
+
+
+def _step_panels(
+    step: Mapping[str, Any],
+) -> dict[str, dict[str, tuple[float, float, float]]]:
+    """By scene and method: lowest, median and highest ratio to the joint step."""
+    panels = {}
+    names = [method.name for method in METHODS if method.name != JOINT]
+    for scene in step["scenes"]:
+        whole = _whole(scene["seconds"])
+        panel = {}
+        for name in names:
+            if name in whole:
+                ratios = [a / b for a, b in zip(whole[name], whole[JOINT], strict=False)]
+                panel[name] = (min(ratios), statistics.median(ratios), max(ratios))
+        panels[_scene_title(scene)] = panel
+    return panels

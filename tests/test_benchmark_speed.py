@@ -1,0 +1,418 @@
+"""The speed benchmark: what it counts and computes, never how long anything took."""
+
+import dataclasses
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks import speed, speed_methods, speed_report
+from benchmarks.speed_memory import in_own_process, measure
+from benchmarks.speed_methods import METHODS, PROJECTIONS, Jacobian, MLPTask, SentimentTask, Task
+from benchmarks.speed_timing import (
+    Contender,
+    LiveBytes,
+    fit_exponent,
+    paired_ratio,
+    reset_peak_resident,
+    resident_bytes,
+    round_robin,
+)
+from tests import reference
+
+CPU = torch.device("cpu")
+BY_NAME = {method.name: method for method in METHODS}
+
+
+# --- timing ---------------------------------------------------------------------------------------
+
+
+def contender(name: str, log: list[str]) -> Contender:
+    stages = (
+        lambda value: log.append(name) or value + 1,
+        lambda value: log.append(f"{name}{value}"),
+    )
+    return Contender(stages, lambda: 1)
+
+
+def test_everyone_runs_in_every_round_and_stages_hand_on_their_results() -> None:
+    log: list[str] = []
+    told: dict[str, int] = {"a": 0, "b": 0, "c": 0}
+    samples = round_robin(
+        {name: contender(name, log) for name in told},
+        rounds=4,
+        slow=math.inf,
+        done=lambda name, runs: told.__setitem__(name, told[name] + runs),
+    )
+    assert {name: len(runs) for name, runs in samples.items()} == {"a": 4, "b": 4, "c": 4}
+    assert all(len(run) == 2 for runs in samples.values() for run in runs)  # one per stage
+    assert told == {"a": 5, "b": 5, "c": 5}  # with the one that warms up
+    assert log[1::2] == [f"{name}2" for name in log[::2]]
+    turns = [log[::2][start : start + 3] for start in range(0, 15, 3)]
+    assert all(sorted(turn) == ["a", "b", "c"] for turn in turns)
+    assert {turn[0] for turn in turns} == {"a", "b", "c"}  # each is first at some time
+
+
+@pytest.mark.parametrize(("very_slow", "runs"), [(math.inf, 3), (0.0, 1)])
+def test_who_is_slow_runs_less_often(very_slow: float, runs: int) -> None:
+    told: list[int] = []
+    samples = round_robin(
+        {"a": contender("a", [])},
+        rounds=7,
+        slow=0.0,
+        very_slow=very_slow,
+        done=lambda name, runs: told.append(runs),
+    )
+    assert len(samples["a"]) == runs
+    assert sum(told) == 8  # the bar is full all the same
+
+
+def test_an_exponent_is_found_again() -> None:
+    sizes = [10.0, 30.0, 100.0, 1000.0]
+    for p in (-0.5, 0.0, 1.0, 2.25):
+        assert fit_exponent(sizes, [3.7 * size**p for size in sizes]) == pytest.approx(p, abs=1e-9)
+    with pytest.raises(ValueError, match="two or more sizes"):
+        fit_exponent([5, 5], [1.0, 2.0])
+
+
+def test_ratios_are_taken_within_rounds() -> None:
+    # the machine was five times as slow in the second round: the ratio is 2 in each
+    assert paired_ratio([2.0, 10.0, 2.0, 9.0], [1.0, 5.0, 1.0]) == 2.0
+
+
+# --- live memory ----------------------------------------------------------------------------------
+
+
+def test_live_bytes_of_a_known_pattern() -> None:
+    before = torch.ones(1000)
+    with LiveBytes() as live:
+        first = torch.ones(1000)
+        second = before + first
+        assert (live.now, live.peak) == (8000, 8000)
+        del first
+        assert (live.now, live.peak) == (4000, 8000)
+        third = second.view(10, 100).double()
+        assert (live.now, live.peak) == (12000, 12000)
+        second.mul_(2)
+        views = [second[:5], before[1:], third.t()]
+        before += 1
+        assert (live.now, live.peak) == (12000, 12000)
+        del second
+        assert live.now == 12000, "a view holds it"
+        views.clear()
+        assert live.now == 8000
+    assert live.peak == 12000
+
+
+def test_live_bytes_sees_what_a_backward_makes() -> None:
+    n = 5000
+    weight = nn.Parameter(torch.ones(n))
+    losses = [torch.dot(weight, torch.ones(n)) for _ in range(3)]
+    with LiveBytes() as live:
+        rows = [torch.autograd.grad(loss, weight)[0] for loss in losses]
+        assert 3 * n * 4 <= live.now <= 3 * n * 4 + 100
+        assert len(rows) == 3
+    del rows
+    assert live.now <= 100
+
+
+def test_memory_of_a_joint_step_is_one_gradient() -> None:
+    def make() -> Task:
+        return MLPTask(layers=10, width=64, losses=4, batch=2, device=CPU)
+
+    found = measure(BY_NAME[speed_methods.JOINT], make)
+    assert found["losses"] == 4
+    assert found["elements"] == 9 * (64 * 64 + 64) + 64 * 4 + 4
+    assert found["elements"] * 4 <= found["live"] <= 1.1 * found["elements"] * 4
+
+
+def test_memory_in_a_process_of_its_own() -> None:
+    entries = in_own_process([speed_methods.PLAIN, speed_methods.BATCHED], (16, 8), 4, 1)
+    assert [(entry["method"], entry["task"]) for entry in entries] == [
+        (speed_methods.PLAIN, "MLP"),
+        (speed_methods.PLAIN, "U-Net"),
+        (speed_methods.BATCHED, "U-Net"),  # which the MLP has not
+    ]
+    for entry in entries:
+        assert entry["live"] >= 4 * entry["elements"] * 0.9
+        assert entry["resident"] is None or entry["resident"] >= 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_resident_memory_grows_by_what_is_touched() -> None:
+    assert reset_peak_resident()
+    before, _ = resident_bytes()
+    size = 64 * 2**20
+    filled = torch.ones(size // 4)
+    now, peak = resident_bytes()
+    assert 0.9 * size <= now - before <= 1.2 * size
+    del filled
+    assert peak - before >= 0.9 * size
+    assert reset_peak_resident()
+    assert resident_bytes()[1] - before <= 0.5 * size, "the old peak is forgotten"
+
+
+# --- projections ----------------------------------------------------------------------------------
+
+
+def random_jacobian(rows: int, sizes: list[int], seed: int) -> Jacobian:
+    torch.manual_seed(seed)
+    return Jacobian.random(rows, sizes, CPU)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 9])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_pairwise_loop_is_pcgrad(rows: int, seed: int) -> None:
+    jacobian = random_jacobian(rows, [7, 4], seed)
+    expected = reference.pcgrad_loop(jacobian.matrix, jacobian.orders)
+    found = speed_methods.pairwise_pcgrad(jacobian.matrix.double(), jacobian.orders)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_rows_and_matrix_of_a_jacobian_are_the_same_numbers() -> None:
+    jacobian = random_jacobian(3, [4, 1, 9], 0)
+    rows = [torch.cat([row[p] for p in jacobian.parameters]) for row in jacobian.rows]
+    assert torch.equal(torch.stack(rows), jacobian.matrix)
+    owners = {row[p].untyped_storage().data_ptr() for row in jacobian.rows for p in row}
+    assert len(owners) == 9, "each gradient is a tensor of its own"
+    assert torch.equal(jacobian.orders.sort(1).values, torch.arange(3).expand(3, 3))
+
+
+@pytest.mark.parametrize("columns", [1000, 100_000, 12_345_678])
+def test_sizes_of_the_unet_scaled(columns: int) -> None:
+    sizes = speed_methods.unet_sizes(columns)
+    assert sum(sizes) == columns and min(sizes) >= 1 and len(sizes) == 182
+
+
+def test_our_projection_is_gmd() -> None:
+    jacobian = random_jacobian(5, [30, 3, 40], 1)
+    expected = reference.gmd_loop(jacobian.matrix)
+    merged = PROJECTIONS[speed_methods.OURS](jacobian)
+    found = torch.cat([merged[p] for p in jacobian.parameters])
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_torchjd_projects_the_same_matrix() -> None:
+    jacobian = random_jacobian(2, [30, 30], 3)
+    jacobian.matrix[1] = -0.5 * jacobian.matrix[0] + 0.1 * jacobian.matrix[1]
+    found = PROJECTIONS[speed_methods.JD_PCGRAD](jacobian)  # two rows: there is one order only
+    expected = reference.pcgrad_loop(jacobian.matrix, torch.tensor([[0, 1], [0, 1]]))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+# --- whole steps ----------------------------------------------------------------------------------
+
+
+def tasks() -> dict[str, Task]:
+    return {
+        "mlp": MLPTask(layers=4, width=8, losses=3, batch=4, device=CPU),
+        "sentiment": SentimentTask(frames=4, batch=2, device=CPU),
+        "unet": speed_methods.UNetTask(modalities=2, width=8, crop=16, batch=2, device=CPU),
+    }
+
+
+def gradient(task: Task, name: str, apart: bool) -> Tensor:
+    """The flat gradient that a method leaves in .grad."""
+    method = BY_NAME[name]
+    task.clear()
+    torch.manual_seed(0)  # TorchJD's PCGrad draws its orders from here
+    run = method.backward(task)
+    run(method.forward_of(task, apart)())
+    assert all(p.grad is not None for p in task.parameters()), name
+    return torch.cat([p.grad.flatten() for p in task.parameters()])
+
+
+@pytest.mark.parametrize("task", ["mlp", "sentiment", "unet"])
+def test_ways_that_should_agree_do(task: str) -> None:
+    def found(name: str, apart: bool = False) -> Tensor:
+        return gradient(tasks()[task], name, apart)  # autogram changes its model
+
+    def close(left: Tensor, right: Tensor) -> None:
+        torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-4 * float(right.abs().max()))
+
+    joint = found(speed_methods.JOINT)
+    close(found(speed_methods.JOINT, apart=True), joint)
+    close(found(speed_methods.PLAIN), joint)
+    if task == "unet":
+        close(found(speed_methods.BATCHED), joint)
+    close(found(speed_methods.EXACT, apart=True), found(speed_methods.EXACT))
+    torchjd = found(speed_methods.AUTOJAC)
+    close(found(speed_methods.VMAP), torchjd)
+    close(found(speed_methods.AUTOJAC, apart=True), torchjd)
+
+
+def test_our_exact_step_is_the_reference() -> None:
+    task = tasks()["sentiment"]
+    rows = []
+    for loss in task.together(range(task.losses)):
+        gradients = torch.autograd.grad(
+            loss, task.parameters(), retain_graph=True, allow_unused=True
+        )
+        rows.append(list(gradients))
+    expected = torch.cat([g.flatten() for g in reference.decouple(rows) if g is not None])
+    found = gradient(task, speed_methods.EXACT, apart=False)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-6)
+
+
+def test_sampled_losses_change_from_step_to_step() -> None:
+    task = tasks()["sentiment"]
+    forward = BY_NAME[speed_methods.SAMPLED].forward_of(task, apart=False)
+    draws = [tuple(round(loss.item(), 6) for loss in forward()) for _ in range(6)]
+    assert {len(draw) for draw in draws} == {5}
+    assert len(set(draws)) > 1
+
+
+# --- goals and tables -----------------------------------------------------------------------------
+
+
+def projection(ours: float, loop: float, torchjd: float) -> dict[str, object]:
+    seconds = {
+        speed_methods.READ: [0.01, 0.02],
+        speed_methods.OURS: [0.01 * ours, 0.02 * ours],
+        speed_methods.LOOP: [0.01 * loop],
+        speed_methods.JD_PCGRAD: [0.01 * torchjd, 0.02 * torchjd],
+    }
+    cell = {"rows": 15, "columns": 5_000_000, "seconds": seconds, "skipped": {}}
+    return {"projection": [cell]}
+
+
+def test_goals_say_what_was_reached() -> None:
+    found = {goal.what: goal for goal in speed_report.goals(projection(2.4, 90.0, 7.2))}
+    read, loop, torchjd = list(found.values())[:3]
+    assert read.measured == pytest.approx(2.4) and read.verdict == "reached"
+    assert loop.measured == pytest.approx(37.5) and loop.verdict == "NOT REACHED"
+    assert torchjd.measured == pytest.approx(3.0) and torchjd.verdict == "reached"
+    others = list(found.values())[3:]
+    assert others and all(goal.verdict == "not measured" for goal in others)
+
+
+def test_goals_of_memory_are_multiples_of_float32_elements() -> None:
+    n = 1000
+    entry = {"task": "U-Net", "losses": 15, "elements": n, "resident": None}
+    entries = [
+        {**entry, "method": speed_methods.EXACT, "live": int(4 * n * 16.05)},
+        {**entry, "method": speed_methods.HALF, "live": int(4 * n * 9.3)},
+    ]
+    verdicts = {
+        goal.what.split("goal ")[1]: goal.verdict
+        for goal in speed_report.goals({"memory": entries})
+        if "U-Net, m = 15" in goal.what and "goal" in goal.what
+    }
+    assert verdicts == {
+        "m + 1.1": "reached",
+        "m + 1": "NOT REACHED",
+        "(m + 2) / 2 + 0.6": "NOT REACHED",
+    }
+
+
+# --- end to end -----------------------------------------------------------------------------------
+
+TINY = dataclasses.replace(
+    speed.QUICK, rounds=1, rows=(2, 3), columns=(1000, 2000), modalities=1, frames=3, utterances=2,
+    mlp=(3, 8), growing_losses=(1, 2), growing_widths=(8, 16),
+)  # fmt: skip
+
+
+def test_all_steps_at_tiny_sizes() -> None:
+    measured = speed.run_parts(["step"], TINY)["step"]
+    assert len(measured["forwards"]) == 4
+    scenes = {(scene["scene"], scene["apart"]): scene for scene in measured["scenes"]}
+    assert len(scenes) == 6
+    everything = {method.name for method in METHODS if method.exists()}
+    assert set(scenes["U-Net", False]["seconds"]) == everything
+    assert set(scenes["MLP", False]["seconds"]) == everything - {speed_methods.BATCHED}
+    apart = set(scenes["MLP", True]["seconds"])
+    assert apart == everything - {speed_methods.BATCHED, "TorchJD mtl_backward"}
+    for scene in scenes.values():
+        for taken in scene["seconds"].values():
+            assert len(taken["forward"]) == len(taken["backward"]) == 1
+
+
+def test_rows_that_do_not_fit_and_loops_that_take_long_are_left_out_and_say_so() -> None:
+    sizes = dataclasses.replace(TINY, most_bytes=2 * 2000 * 4, longest_loop=0.0)
+    cells = speed.run_parts(["projection"], sizes)["projection"]
+    assert [(c["rows"], c["columns"]) for c in cells] == [
+        (2, 1000),
+        (3, 1000),
+        (2, 2000),
+        (3, 2000),
+    ]
+    assert all(speed_methods.LOOP in cell["skipped"] for cell in cells)
+    assert [bool(cell["seconds"]) for cell in cells] == [True, True, True, False]
+
+
+def test_two_parts_from_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "speed"
+    arguments = ["--quick", "--parts", "growth,projection", "--out", str(folder)]
+    assert speed.main(arguments) == 0
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "projection.png", "results.json", "table.md",
+    ]  # fmt: skip
+    content = json.loads((folder / "results.json").read_text())
+    assert list(content["parts"]) == ["projection", "growth"]
+    assert content["quick"] and content["machine"]["threads"] == torch.get_num_threads()
+    assert {"torch", "torchjd", "gradsplit"} <= set(content["environment"])
+    table = (folder / "table.md").read_text()
+    assert table in capsys.readouterr().out
+    for heading in ("Projection alone", "Growth", "Goals"):
+        assert f"## {heading}" in table
+    assert "Toy sizes" in table
+    # another run goes beside it
+    assert speed.main([*arguments[:2], "projection", *arguments[3:]]) == 0
+    assert (tmp_path / "speed-2" / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--parts", "projection,speed"], "unknown part 'speed'"),
+        (["--device", "tpu9"], "must be cpu, cuda"),
+        (["--threads", "0"], "at least 1"),
+    ],
+)
+def test_wrong_arguments_are_named(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        speed.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "speed"
+    command = [sys.executable, "-m", "benchmarks.speed", "--parts", "projection", "--threads", "1"]
+    process = subprocess.Popen(
+        [*command, "--out", str(folder)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not folder.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "interrupted: nothing was written" in errors and "Traceback" not in errors
+    assert not folder.exists()
+
+
+@pytest.mark.slow
+def test_everything_quickly(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.speed", "--quick", "--out", str(tmp_path / "all")]
+    subprocess.run(command, check=True, capture_output=True)
+    assert sorted(path.name for path in (tmp_path / "all").iterdir()) == [
+        "projection.png", "results.json", "step.png", "table.md",
+    ]  # fmt: skip
+    content = json.loads((tmp_path / "all" / "results.json").read_text())
+    assert list(content["parts"]) == ["projection", "step", "memory", "growth"]
