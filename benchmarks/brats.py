@@ -1,6 +1,6 @@
 """Tumour regions from any combination of MRI sequences, with and without gradient decoupling.
 
-    python -m benchmarks.brats                                   # phantoms, about five minutes
+    python -m benchmarks.brats                                   # phantoms, four or five minutes
     python -m benchmarks.brats --data BRATS --preset paper --device cuda --amp bf16 --workers 8
     python -m benchmarks.brats --data BRATS18 --preset released --device cuda
     python -m benchmarks.brats --data BRATS23 --regions "WT=1,2,3 TC=1,3 ET=3"
