@@ -15,6 +15,8 @@ from typing import Any
 
 import nibabel
 import torch
+import torch._functorch.config
+import torch._inductor.config
 from monai.inferers.utils import sliding_window_inference
 from monai.losses.dice import DiceLoss
 from torch import Tensor
@@ -740,5 +742,9 @@ def _compile_blocks(model: DynamicSharingUNet3d) -> None:
     )
     # Several losses go back through one graph: it must not hand its buffers away at the first.
     torch._functorch.config.donated_buffer = False
+    # Graphs that were cached on disk without that setting are found again (torch 2.13), and the
+    # second backward through them is silently wrong.
+    torch._functorch.config.enable_autograd_cache = False
+    torch._inductor.config.fx_graph_cache = False
     for block in blocks:
         block.compile()
