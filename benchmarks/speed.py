@@ -178,8 +178,9 @@ def measure_projection(setting: Setting) -> list[dict[str, Any]]:
 
 def _projecting(project: Callable[[Jacobian], Any], jacobian: Jacobian) -> Contender:
     def prepare() -> Jacobian:
-        # The merge empties the mappings: new ones each time, of the same tensors.
+        # The merge empties the mappings, and writes into the first row.
         rows = [dict(row) for row in jacobian.rows]
+        rows[0] = {parameter: gradient.clone() for parameter, gradient in rows[0].items()}
         return Jacobian(jacobian.parameters, rows, jacobian.matrix, jacobian.orders)
 
     return Contender([project], prepare)

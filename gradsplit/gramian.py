@@ -2,8 +2,9 @@
 
 A row is a mapping from parameter to gradient; a parameter that the loss does not reach is absent.
 No second copy of the rows ever exists: both passes go through them a few columns of the Jacobian at
-a time. On a GPU they are Triton kernels (:mod:`gradsplit.kernels`); the plain path here serves
-everything else, and is what the kernels are tested against.
+a time, large parameters one by one, small ones side by side. On a GPU the passes are Triton kernels
+(:mod:`gradsplit.kernels`); the plain path here serves everything else, and is what the kernels are
+tested against.
 
 Products of float32 rows are summed in float32 over 1024 columns and from there on in float64: the
 error of K_jk is of the order of 1e-8 ||g_j|| ||g_k||. Whatever does not fit float32 (squares that
@@ -26,17 +27,37 @@ Rows = Sequence[Mapping[Tensor, Tensor]]
 MutableRows = Sequence[MutableMapping[Tensor, Tensor]]
 
 _RUN = 1024  # columns whose products are summed before the sum becomes float64
-_BAND = 16  # rows whose products with all following rows are taken at once
+_BAND = 32  # rows whose products with all following rows are taken at once
+_BUFFER = 2**21  # elements of all rows that are multiplied at once: 8 MiB, for all threads
+_WIDEST = 2**18  # elements of one row that are added at once: 1 MiB, which stays in the cache
+_SMALL = 2**12  # elements below which visiting a tensor costs more than copying it
+_PACK = 2**15  # elements that torch.cat copies in one go; beyond, it visits tensor by tensor
 
 
 @dataclass
-class _Piece:
-    """Consecutive elements of a parameter, and what each row that reaches it holds there."""
+class _Group:
+    """Parameters on one device that the same rows reach."""
 
-    parameter: Tensor
-    start: int
-    stop: int
-    values: list[Tensor]
+    present: list[int]  # these rows
+    parameters: list[Tensor]
+    gradients: list[list[Tensor]]  # of each parameter, one per row of ``present``
+
+    @property
+    def columns(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters)
+
+
+@dataclass
+class _Pack:
+    """Columns that are visited at once: small parameters side by side, or a run of a large one."""
+
+    first: int  # column of the block that it is in
+    pieces: list[tuple[int, int, int]]  # parameter of the group, first element, end
+    values: list[list[Tensor]]  # of each piece, one per row
+
+    @property
+    def sizes(self) -> list[int]:
+        return [stop - start for _, start, stop in self.pieces]
 
 
 def gramian(rows: Rows, parameters: Iterable[Tensor], fused: bool | None = None) -> Tensor:
@@ -79,9 +100,9 @@ def merge(
             gradient has the parameter's dtype instead.
 
     Returns:
-        parameter -> merged gradient, in the rows' dtype (cast last) and memory layout. Rows and
-        merged gradients together take no more memory than the rows did, plus one parameter; with
-        kernels, or rows that were rounded, plus the merged gradient.
+        parameter -> merged gradient, in the rows' dtype (cast last) and memory layout. It lies
+        where the first row's gradient was, so that it takes no memory of its own; with kernels, or
+        rows that were rounded, it does, one parameter after the other.
     """
     with_kernels, plain = _paths(rows, parameters, fused)
     merged = kernels.merge(rows, with_kernels, weights, rounded) if with_kernels else {}
@@ -100,15 +121,15 @@ def gramian_ref(rows: Rows, parameters: Iterable[Tensor]) -> Tensor:
     """The plain path of :func:`gramian`: the same arguments and result."""
     device = _device(rows)
     total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=device)
-    for present, group in _groups(rows, parameters):
-        narrow = _may_be_narrow(rows, present, group)
-        partial = _product(rows, present, group, torch.float32 if narrow else torch.float64)
-        if narrow and not _resolved(partial, sum(parameter.numel() for parameter in group)):
-            partial = _product(rows, present, group, torch.float64)
+    for group in _groups(rows, parameters):
+        narrow = _may_be_narrow(group)
+        partial = _product(group, torch.float32 if narrow else torch.float64)
+        if narrow and not _resolved(partial, group.columns):
+            partial = _product(group, torch.float64)
         partial = partial.to(device)
-        if len(present) < len(rows):
+        if len(group.present) < len(rows):
             # Rows that do not reach the group stay out of the product: 0 x inf would be NaN.
-            index = _index(present, device)
+            index = _index(group.present, device)
             total[index[:, None], index] += partial
         else:
             total += partial
@@ -123,104 +144,141 @@ def merge_ref(
 ) -> dict[Tensor, Tensor]:
     """The plain path of :func:`merge`: the same arguments and result."""
     merged: dict[Tensor, Tensor] = {}
-    for present, group in _groups(rows, parameters):
-        factors = weights.to(group[0].device)
-        narrow = _may_be_narrow(rows, present, group) and _fits(factors)
-        factors = torch.stack([factors[index] for index in present])
-        for pieces in _pieces(rows, present, group, _widest(group[0].device)):
-            values = _combined(pieces, factors, torch.float32 if narrow else torch.float64)
+    for group in _groups(rows, parameters):
+        factors = weights.to(group.parameters[0].device)
+        narrow = _may_be_narrow(group) and _fits(factors)
+        factors = torch.stack([factors[index] for index in group.present])
+        widest = min(_WIDEST, group.columns)
+        dtype = torch.float32 if narrow else torch.float64
+        scratch = torch.empty(widest, dtype=dtype, device=factors.device)
+        flats: dict[int, Tensor] = {}  # where the parameters that are being merged go
+        for pack in _packs(group, widest):
+            values = _combined(pack, factors, scratch)
             if narrow and not bool(values.sum().isfinite()):  # an intermediate sum too large?
-                values = _combined(pieces, factors, torch.float64)
-            columns = values.split([piece.stop - piece.start for piece in pieces])
-            for piece, part in zip(pieces, columns, strict=True):
-                like = rows[present[0]][piece.parameter]
-                if piece.start == 0:
-                    dtype = merged_dtype(piece.parameter, like, rounded)
-                    flat = torch.empty(like.numel(), dtype=dtype, device=like.device)
-                    merged[piece.parameter] = unflattened(flat, like)
-                flattened(merged[piece.parameter], like)[piece.start : piece.stop] = part
-                if piece.stop == like.numel():
-                    for index in present:
-                        del rows[index][piece.parameter]
-        for parameter in group:  # those without elements are in no block
-            for row in rows:
-                if parameter in row:
-                    gradient = row.pop(parameter)
-                    merged[parameter] = gradient.to(merged_dtype(parameter, gradient, rounded))
+                values = _combined(pack, factors, torch.empty_like(scratch, dtype=torch.float64))
+            for (index, start, stop), part in zip(
+                pack.pieces, values.split(pack.sizes), strict=True
+            ):
+                parameter = group.parameters[index]
+                if start == 0:
+                    like = group.gradients[index][0]
+                    merged[parameter], flats[index] = _result(parameter, like, rounded)
+                flats[index][start:stop] = part
+                if stop == parameter.numel():
+                    del flats[index]
+                    _forget(rows, group, index)
+        for index, parameter in enumerate(group.parameters):  # those without elements: in no pack
+            if group.gradients[index]:
+                merged[parameter], _ = _result(parameter, group.gradients[index][0], rounded)
+                _forget(rows, group, index)
     return merged
 
 
-def _product(
-    rows: Rows, present: Sequence[int], parameters: Sequence[Tensor], dtype: torch.dtype
-) -> Tensor:
+def _product(group: _Group, dtype: torch.dtype) -> Tensor:
     """(len(present), len(present)): J J^T of one group, its rows copied to ``dtype`` in pieces."""
-    device, m = parameters[0].device, len(present)
+    device, m = group.parameters[0].device, len(group.present)
     # BLAS stumbles over odd numbers of rows: sixteen take a third of the time of fifteen.
     lines = m if m <= 12 else -(-m // 8) * 8
-    widest = min(_widest(device, lines), sum(parameter.numel() for parameter in parameters))
-    widest = -(-widest // _RUN) * _RUN
-    buffer = torch.zeros(lines, widest, dtype=dtype, device=device)
+    # Wide enough for all threads, and for large models much less than a row.
+    widest = max(min(_BUFFER, group.columns), _WIDEST) // lines if device.type == "cpu" else _WIDEST
+    widest = -(-min(widest, group.columns) // _RUN) * _RUN
+    buffer = torch.empty(lines, widest, dtype=dtype, device=device)
+    buffer[m:] = 0.0
     upper = torch.zeros(lines, lines, dtype=torch.float64, device=device)
-    for pieces in _pieces(rows, present, parameters, widest):
-        sizes = [piece.stop - piece.start for piece in pieces]
-        for index, line in enumerate(buffer[:m, : sum(sizes)].unbind()):
-            torch.cat([piece.values[index] for piece in pieces], out=line)
-        runs = -(-sum(sizes) // _RUN)
-        buffer[:, sum(sizes) : runs * _RUN] = 0.0  # left over from the block before
+
+    def multiply(columns: int) -> None:
+        runs = -(-columns // _RUN)
+        if columns < runs * _RUN:
+            buffer[:m, columns : runs * _RUN] = 0.0
         block = buffer[:, : runs * _RUN].unflatten(1, (runs, _RUN)).transpose(0, 1)
         for first in range(0, lines, _BAND):
             some = block[:, first : first + _BAND]
             with torch.autocast("cpu", enabled=False):
                 partial = torch.bmm(some, block[:, first:].transpose(1, 2))
             upper[first : first + _BAND, first:] += partial.sum(0, dtype=upper.dtype)
+
+    filled = 0
+    for pack in _packs(group, widest):
+        if pack.first < filled:  # a new block begins
+            multiply(filled)
+        filled = pack.first + sum(pack.sizes)
+        lines_of = buffer[:m, pack.first : filled].unbind()
+        for line, row in zip(lines_of, zip(*pack.values, strict=True), strict=True):
+            if len(row) == 1:
+                line.copy_(row[0])
+            else:
+                torch.cat(row, out=line)
+    if filled:
+        multiply(filled)
     upper = upper[:m, :m].triu()
     return upper + upper.triu(1).T
 
 
-def _combined(pieces: Sequence[_Piece], factors: Tensor, dtype: torch.dtype) -> Tensor:
-    """(columns,): sum_i w_i g_i over a block."""
-    sizes = [piece.stop - piece.start for piece in pieces]
-    values = torch.zeros(sum(sizes), dtype=dtype, device=factors.device)
+def _combined(pack: _Pack, factors: Tensor, scratch: Tensor) -> Tensor:
+    """(columns,): sum_i w_i g_i over a pack, in ``scratch``."""
+    values = scratch[: sum(pack.sizes)].zero_()
     # Weights stay tensors: reading one would wait for the device.
-    for index, factor in enumerate(factors.to(dtype).unbind()):
-        row = [piece.values[index] for piece in pieces]
-        # Many small tensors cost more to visit than to copy.
+    weights = factors.to(scratch.dtype).unbind()
+    for row, factor in zip(zip(*pack.values, strict=True), weights, strict=True):
         values.addcmul_(row[0] if len(row) == 1 else torch.cat(row), factor)
     return values
 
 
-def _pieces(
-    rows: Rows, present: Sequence[int], parameters: Iterable[Tensor], widest: int
-) -> Iterator[list[_Piece]]:
-    """Cut the parameters, laid end to end, every ``widest`` elements: views of the rows."""
-    pieces: list[_Piece] = []
-    room = widest
-    for parameter in parameters:
-        like = rows[present[0]][parameter]
-        flats = [flattened(rows[index][parameter], like) for index in present]
-        start = 0
-        while start < like.numel():
-            stop = min(like.numel(), start + room)
-            whole = stop - start == like.numel()
-            values = flats if whole else [flat[start:stop] for flat in flats]
-            pieces.append(_Piece(parameter, start, stop, values))
-            room -= stop - start
-            start = stop
-            if room == 0:
-                yield pieces
-                pieces, room = [], widest
-    if pieces:
-        yield pieces
+def _result(parameter: Tensor, like: Tensor, rounded: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """Where a merged gradient goes, and a flat view of it: its first row, if that can be."""
+    dtype, flat = merged_dtype(parameter, like, rounded), flattened(like, like)
+    if dtype == like.dtype and flat.data_ptr() == like.data_ptr():
+        return like, flat
+    flat = torch.empty(like.numel(), dtype=dtype, device=like.device)
+    return unflattened(flat, like), flat
 
 
-def _groups(rows: Rows, parameters: Iterable[Tensor]) -> list[tuple[list[int], list[Tensor]]]:
-    """Parameters on one device reached by the same rows, with the indices of these rows."""
-    groups: dict[tuple[object, ...], tuple[list[int], list[Tensor]]] = {}
+def _forget(rows: MutableRows, group: _Group, index: int) -> None:
+    """What has been merged is of no use any more."""
+    for present in group.present:
+        del rows[present][group.parameters[index]]
+    group.gradients[index] = []
+
+
+def _packs(group: _Group, widest: int) -> Iterator[_Pack]:
+    """Visit the parameters, laid end to end and cut every ``widest`` columns; small ones first."""
+    pack, filled = _Pack(0, [], []), 0  # filled: columns of the block, up to the pack's end
+    sizes = [parameter.numel() for parameter in group.parameters]
+    on_cpu = group.parameters[0].device.type == "cpu"
+    small, most = (_SMALL, _PACK) if on_cpu else (widest, widest)  # a GPU wants few launches
+    for index in sorted(range(len(sizes)), key=lambda index: sizes[index] >= small):
+        gradients, start = group.gradients[index], 0
+        flats = [flattened(gradient, gradients[0]) for gradient in gradients]
+        while start < sizes[index]:
+            stop = min(sizes[index], start + widest - filled)
+            columns = stop - start
+            alone = columns >= small
+            if pack.pieces and (alone or filled - pack.first + columns > most):
+                yield pack
+                pack = _Pack(filled, [], [])
+            pack.pieces.append((index, start, stop))
+            whole = columns == sizes[index]
+            pack.values.append(flats if whole else [flat[start:stop] for flat in flats])
+            filled, start = filled + columns, stop
+            if alone or filled == widest:
+                yield pack
+                filled %= widest
+                pack = _Pack(filled, [], [])
+    if pack.pieces:
+        yield pack
+
+
+def _groups(rows: Rows, parameters: Iterable[Tensor]) -> list[_Group]:
+    groups: dict[tuple[object, ...], _Group] = {}
     for parameter in parameters:
-        present = [index for index, row in enumerate(rows) if parameter in row]
-        if present:
+        found = [row.get(parameter) for row in rows]
+        gradients = [gradient for gradient in found if gradient is not None]
+        if gradients:
+            present = [index for index, gradient in enumerate(found) if gradient is not None]
             key = (parameter.device, *present)
-            groups.setdefault(key, (present, []))[1].append(parameter)
+            group = groups.setdefault(key, _Group(present, [], []))
+            group.parameters.append(parameter)
+            group.gradients.append(gradients)
     return list(groups.values())
 
 
@@ -228,15 +286,14 @@ def _paths(
     rows: Rows, parameters: Iterable[Tensor], fused: bool | None
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The parameters for the kernels, and those for the plain path."""
-    if fused is False:
-        return [], list(parameters)
     with_kernels: list[Tensor] = []
     plain: list[Tensor] = []
     for parameter in parameters:
-        gradients = _gradients(rows, parameter)
         # Triton's interpreter is for tests: it has to be asked for.
-        wanted = fused or any(gradient.device.type == "cuda" for gradient in gradients)
-        fits = wanted and gradients and kernels.obstacle(gradients, len(rows)) is None
+        fits = fused or (fused is None and parameter.device.type == "cuda")
+        if fits:
+            gradients = _gradients(rows, parameter)
+            fits = bool(gradients) and kernels.obstacle(gradients, len(rows)) is None
         (with_kernels if fits else plain).append(parameter)
     return with_kernels, plain
 
@@ -245,12 +302,13 @@ def _gradients(rows: Rows, parameter: Tensor) -> list[Tensor]:
     return [row[parameter] for row in rows if parameter in row]
 
 
-def _may_be_narrow(rows: Rows, present: Sequence[int], parameters: Sequence[Tensor]) -> bool:
+def _may_be_narrow(group: _Group) -> bool:
     """Whether float32 may serve: on the CPU, where looking at the result costs nothing."""
-    if parameters[0].device.type != "cpu" or not _multiplies_in_float32():
+    if group.parameters[0].device.type != "cpu" or not _multiplies_in_float32():
         return False
-    gradients = (rows[index][parameter] for index in present for parameter in parameters)
-    return all(gradient.dtype != torch.float64 for gradient in gradients)
+    return all(
+        gradient.dtype != torch.float64 for gradients in group.gradients for gradient in gradients
+    )
 
 
 def _multiplies_in_float32() -> bool:
@@ -270,11 +328,6 @@ def _fits(weights: Tensor) -> bool:
     """Whether float32 holds the weights, with room for products."""
     size = weights.abs()
     return bool(((size == 0) | ((size >= 2.0**-100) & (size <= 2.0**100))).all())
-
-
-def _widest(device: torch.device, lines: int = 1) -> int:
-    """Columns of a block: 4 MiB stay in the cache; a GPU wants few, large launches."""
-    return min(2**16, 2**20 // lines) if device.type == "cpu" else 2**18
 
 
 def _index(present: Sequence[int], device: torch.device) -> Tensor:

@@ -12,9 +12,9 @@ def flattened(gradient: Tensor, like: Tensor) -> Tensor:
     ``like`` is the first row's gradient: all rows of a parameter list their elements in the same
     order, whatever their own strides.
     """
-    if like.is_contiguous():
-        # The same, at a quarter of the time: many small tensors are mostly overhead.
-        return gradient.ravel() if gradient.is_contiguous() else gradient.reshape(-1)
+    if like.dim() == 1 or like.is_contiguous():
+        # Many small tensors are mostly overhead: no view where none is needed.
+        return gradient if gradient.dim() == 1 else gradient.reshape(-1)
     return gradient.permute(_memory_order(like)).reshape(-1)
 
 

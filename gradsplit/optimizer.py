@@ -5,7 +5,7 @@ import inspect
 import itertools
 import types
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -324,8 +324,11 @@ class ModalityDecoupledOptimizer(Optimizer):
     ) -> tuple[Decoupling, dict[str, Tensor | None]]:
         with self._rows_of(losses) as (taker, taken):
             rows = [row.gradients for row in taker.rows.values()]
-            reached = [p for p in taker.parameters if any(p in row for row in rows)]
-            common = {p for p in reached if all(p in row for row in rows)}
+            losses_of = Counter(
+                itertools.chain.from_iterable(rows)
+            )  # parameter -> how many reach it
+            reached = [p for p in taker.parameters if p in losses_of]
+            common = {p for p in reached if losses_of[p] == len(rows)}
             scope = self._scope_of(reached, common)
             if self._fused:
                 check_fused(rows)

@@ -424,9 +424,13 @@ def _refuse_sparse(gradient: Tensor, parameter: Tensor, where: str) -> None:
 
 
 def _owned(gradient: Tensor) -> Tensor:
-    """A piece of a larger storage is copied: DDP's next backward overwrites its buckets."""
+    """A view of another storage is copied: DDP's next backward overwrites its buckets.
+
+    A bucket may be as large as the one gradient in it; and a view may have forgotten its base.
+    """
     size = gradient.numel() * gradient.element_size()
-    return gradient.clone() if gradient.untyped_storage().nbytes() > size else gradient
+    borrowed = gradient._base is not None or gradient.untyped_storage().nbytes() > size
+    return gradient.clone() if borrowed else gradient
 
 
 def _walk(loss: Tensor) -> Iterator[Node]:
