@@ -1,6 +1,6 @@
 """How long decoupling takes, and how much memory, side by side with other ways to do it.
 
-    python -m benchmarks.speed                       # all parts, some minutes on two cores
+    python -m benchmarks.speed                       # all parts, about 12 minutes on two cores
     python -m benchmarks.speed --quick               # the same with toy sizes: for CI
     python -m benchmarks.speed --parts projection,step --threads 1
     python -m benchmarks.speed --device cuda
@@ -177,13 +177,7 @@ def measure_projection(setting: Setting) -> list[dict[str, Any]]:
 
 
 def _projecting(project: Callable[[Jacobian], Any], jacobian: Jacobian) -> Contender:
-    def prepare() -> Jacobian:
-        # The merge empties the mappings, and writes into the first row.
-        rows = [dict(row) for row in jacobian.rows]
-        rows[0] = {parameter: gradient.clone() for parameter, gradient in rows[0].items()}
-        return Jacobian(jacobian.parameters, rows, jacobian.matrix, jacobian.orders)
-
-    return Contender([project], prepare)
+    return Contender([project], jacobian.fresh)
 
 
 def measure_step(setting: Setting) -> dict[str, Any]:

@@ -69,6 +69,12 @@ class Jacobian:
         orders = torch.stack([torch.randperm(rows) for _ in range(rows)])
         return cls(parameters, mappings, matrix, orders)
 
+    def fresh(self) -> "Jacobian":
+        """One to be used up: the merge empties the mappings and writes into the first row."""
+        first = {parameter: gradient.clone() for parameter, gradient in self.rows[0].items()}
+        rows = [first, *(dict(row) for row in self.rows[1:])]
+        return Jacobian(self.parameters, rows, self.matrix, self.orders)
+
 
 def unet_sizes(columns: int) -> list[int]:
     """The sizes of the U-Net's tensors, scaled to ``columns`` elements in all."""

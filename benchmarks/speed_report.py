@@ -64,9 +64,13 @@ class Goal:
     def verdict(self) -> str:
         if self.measured is None:
             return "not measured"
-        above = self.measured >= self.wanted
-        equal = self.measured == self.wanted
+        shown = float(self.shown)  # what a reader compares
+        above, equal = shown >= self.wanted, shown == self.wanted
         return "reached" if equal or above == (self.sign == ">=") else "NOT REACHED"
+
+    @property
+    def shown(self) -> str:
+        return "-" if self.measured is None else f"{self.measured:.3g}"
 
 
 def goals(parts: Mapping[str, Any]) -> list[Goal]:
@@ -399,7 +403,7 @@ def _goal_table(reached: Sequence[Goal], content: Content) -> str:
         [
             goal.what,
             f"{goal.sign} {goal.wanted:g}",
-            "-" if goal.measured is None else f"{goal.measured:.3g}",
+            goal.shown,
             goal.verdict,
         ]
         for goal in reached

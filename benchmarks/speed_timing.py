@@ -60,8 +60,8 @@ def round_robin(
     contenders: Mapping[str, Contender],
     rounds: int,
     *,
-    slow: float = 2.5,
-    very_slow: float = 20.0,
+    slow: float = 4.0,
+    very_slow: float = 8.0,
     synchronise: Callable[[], object] = lambda: None,
     done: Callable[[str, int], object] = lambda name, runs: None,
 ) -> dict[str, Samples]:

@@ -199,6 +199,14 @@ def test_our_projection_is_gmd() -> None:
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_every_projection_starts_from_the_same_rows() -> None:
+    jacobian = random_jacobian(3, [5, 2], 2)
+    for project in (PROJECTIONS[speed_methods.OURS], PROJECTIONS[speed_methods.LOOP]):
+        project(jacobian.fresh())
+        rows = [torch.cat([row[p] for p in jacobian.parameters]) for row in jacobian.rows]
+        assert torch.equal(torch.stack(rows), jacobian.matrix)
+
+
 def test_torchjd_projects_the_same_matrix() -> None:
     jacobian = random_jacobian(2, [30, 30], 3)
     jacobian.matrix[1] = -0.5 * jacobian.matrix[0] + 0.1 * jacobian.matrix[1]
@@ -291,6 +299,17 @@ def test_goals_say_what_was_reached() -> None:
     assert torchjd.measured == pytest.approx(3.0) and torchjd.verdict == "reached"
     others = list(found.values())[3:]
     assert others and all(goal.verdict == "not measured" for goal in others)
+
+
+def test_a_goal_is_reached_where_the_number_shown_reaches_it() -> None:
+    for sign, measured, verdict in (
+        ("<=", 1.0004, "reached"),
+        ("<=", 1.006, "NOT REACHED"),
+        (">=", 39.96, "reached"),
+        (">=", 39.9, "NOT REACHED"),
+    ):
+        wanted = 1.0 if sign == "<=" else 40.0
+        assert speed_report.Goal("", sign, wanted, measured).verdict == verdict
 
 
 def test_goals_of_memory_are_multiples_of_float32_elements() -> None:
