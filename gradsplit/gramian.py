@@ -306,9 +306,8 @@ def _may_be_narrow(group: _Group) -> bool:
     """Whether float32 may serve: on the CPU, where looking at the result costs nothing."""
     if group.parameters[0].device.type != "cpu" or not _multiplies_in_float32():
         return False
-    return all(
-        gradient.dtype != torch.float64 for gradients in group.gradients for gradient in gradients
-    )
+    dtypes = {gradient.dtype for gradients in group.gradients for gradient in gradients}
+    return torch.float64 not in dtypes
 
 
 def _multiplies_in_float32() -> bool:

@@ -26,14 +26,15 @@ def obstacle(gradients: Sequence[Tensor], m: int) -> str | None:
         return f"the kernels take at most {MOST_ROWS} rows, got {m}"
     if not has_triton():
         return "Triton is not installed (pip install triton)"
-    for gradient in gradients:
-        if gradient.dtype not in _DTYPES:
-            return f"a gradient is {gradient.dtype}; the kernels take float32, bfloat16, float16"
-        if gradient.dtype != gradients[0].dtype or gradient.device != gradients[0].device:
+    dtype, device = gradients[0].dtype, gradients[0].device
+    for gradient in gradients:  # many in a step: nothing but what differs from one to the next
+        if gradient.dtype != dtype or gradient.device != device:
             return "one parameter has gradients of several dtypes or devices"
-        interpreted = gradient.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-        if gradient.device.type != "cuda" and not interpreted:
-            return f"a gradient is on {gradient.device}; the kernels need a CUDA device"
+    if dtype not in _DTYPES:
+        return f"a gradient is {dtype}; the kernels take float32, bfloat16, float16"
+    interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda" and not interpreted:
+        return f"a gradient is on {device}; the kernels need a CUDA device"
     return None
 
 
