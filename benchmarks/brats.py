@@ -92,7 +92,14 @@ MEASURED_CROP = 48  # --check on a CPU measures a step of at most this crop, and
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _main(list(sys.argv[1:] if argv is None else argv))
+    except KeyboardInterrupt:  # while data were read, or segmentations written
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+
+
+def _main(arguments: list[str]) -> int:
     parser = _parser()
     options = vars(parser.parse_args(arguments))
     check, predict = options.pop("check", False), options.pop("predict", None)
@@ -517,7 +524,7 @@ def _split_argument(text: str) -> str:
 def _device(text: str) -> str:
     try:
         device = torch.device(text)
-        torch.empty(0, device=device)
+        torch.zeros((), device=device).item()  # "meta" holds no numbers
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(f"{text!r} cannot be used here: {reason}") from None

@@ -91,8 +91,10 @@ class ModalityDecoupledOptimizer(Optimizer):
     ``retain_graph``. Dot products are accurate to 1e-6 of the product of the two norms or better,
     and in float64 for float64 gradients, however small or large the gradients are; the merged
     gradient is rounded to their dtype last. NaN and inf in a gradient reach ``.grad`` and are never
-    dropped, so that ``torch.amp.GradScaler`` sees them. Memory for gradients peaks at m + 1 times
-    the parameters, and nothing waits for the host until a report is read.
+    dropped, so that ``torch.amp.GradScaler`` sees them. Memory for gradients peaks at m times the
+    parameters and 8 MiB, besides what ``.grad`` held before; once more the parameters where
+    micro-batches are accumulated or kernels merge. Nothing waits for the host until a report is
+    read.
 
     *Cheaper steps.* With ``conflict_parameters``, every parameter gets the weights, private ones
     too: to spare them would take a second backward. ``scope`` does not apply, and the report is of

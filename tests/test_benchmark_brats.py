@@ -1012,6 +1012,7 @@ def stopped(arguments: Sequence[str | Path], capsys: pytest.CaptureFixture[str])
         (["--regions", "WT"], "--regions: regions 'WT': 'WT' is not NAME=LABEL"),
         (["--regions", "WT=1,2"], "unknown label 4; the regions know 0, 1, 2; give the data's"),
         (["--device", "abacus"], "--device: 'abacus' cannot be used here"),
+        (["--device", "meta"], "--device: 'meta' cannot be used here"),
         (["--data", "nowhere"], "--data: "),
         (["--resume", "nowhere"], "--resume: nowhere holds no checkpoint.pt"),
         (["--resume", "x", "--lr", "1", "--batch-size", "4"], "leave out --lr, --batch-size"),
@@ -1587,6 +1588,19 @@ def test_resuming_from_a_damaged_checkpoint(
     path.write_bytes(whole[: len(whole) // 2] if content is None else content)
     message = stopped(["--resume", cut], capsys)
     assert message.startswith(f"argument --resume: {path}: not a checkpoint")
+
+
+def test_ctrl_c_while_the_data_are_read(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["--data", folder, *RESUMED, "--out", out]
+    cut_off(monkeypatch, nibabel.Nifti1Image, "from_bytes", 3, arguments)
+    assert capsys.readouterr().err.endswith("\ninterrupted\n")
+    assert not out.exists()
 
 
 def test_resuming_a_run_of_another_benchmark(
