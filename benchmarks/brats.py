@@ -1,6 +1,6 @@
 """Tumour regions from any combination of MRI sequences, with and without gradient decoupling.
 
-    python -m benchmarks.brats                                   # phantoms, four or five minutes
+    python -m benchmarks.brats                                   # phantoms, five to ten minutes
     python -m benchmarks.brats --data BRATS --preset paper --device cuda --amp bf16 --workers 8
     python -m benchmarks.brats --data BRATS18 --preset released --device cuda
     python -m benchmarks.brats --data BRATS23 --regions "WT=1,2,3 TC=1,3 ET=3"
@@ -524,7 +524,9 @@ def _split_argument(text: str) -> str:
 def _device(text: str) -> str:
     try:
         device = torch.device(text)
-        torch.zeros((), device=device).item()  # "meta" holds no numbers
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(f"{text!r} cannot be used here: {reason}") from None

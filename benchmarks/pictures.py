@@ -356,7 +356,7 @@ def draw_steps(
         low, high = axes[0][0].get_xlim()
         axes[0][0].set_xlim(low, high * 1.5)  # room for the numbers
         for axis in axes[-1]:
-            axis.set_xlabel("time / joint step (forward and backward; bar: from least to most)")
+            axis.set_xlabel("time / joint step (forward and backward; bar: minimum to maximum)")
         _finish(figure, path, "A step against one backward of the summed losses\n" + title, [], [])
 
 
@@ -592,7 +592,7 @@ def _color(method: str) -> str:
 def _speed_look(method: str, methods: Sequence[str]) -> dict[str, Any]:
     """Ours in red, TorchJD in blue and its neighbours, anything else in grey and black."""
     families = {
-        "ours": (RED, ORANGE, YELLOW, PURPLE, "#882255"),
+        "ours": (RED, ORANGE, "#8C5A00", PURPLE, "#882255"),
         "TorchJD": (BLUE, SKY, GREEN, "#004466"),
         "": ("#7F7F7F", BLACK, "#B0B0B0"),
     }
@@ -623,6 +623,8 @@ def _finish(
     lines = [textwrap.fill(line, int(11 * figure.get_figwidth())) for line in title.split("\n")]
     figure.suptitle("\n".join(lines), fontsize=11.5)
     if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+        widest = max(map(len, labels)) + 8  # with the line and marker before it
+        columns = min(len(labels), max(1, int(11 * figure.get_figwidth() / widest)))
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns)
     with atomic_path(path) as temporary:
         figure.savefig(temporary)

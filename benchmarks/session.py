@@ -193,6 +193,8 @@ class Session:
         ) as progress:
             for number, (method, seed) in enumerate(plan[len(self.done) :], len(self.done) + 1):
                 progress.set_description(f"{method}, seed {seed}")
+                if progress.disable:  # a log file: say at least what takes so long
+                    print(f"[{number}/{len(plan)}] {method}, seed {seed}", file=sys.stderr)
                 training = begin(method, seed)
                 if self.current is not None:
                     training.load_state_dict(self.current)

@@ -363,7 +363,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Of attention's backward under TorchJD's vmap, which runs it once per loss; table.md says so.
     warnings.filterwarnings("ignore", "There is a performance drop")
     try:
-        measured = run_parts(options.parts, sizes, device=options.device, progress=True)
+        measured = run_parts(
+            options.parts, sizes, device=options.device, progress=sys.stderr.isatty()
+        )
         content = {
             "command": shlex.join(["python", "-m", "benchmarks.speed", *arguments]),
             "date": str(datetime.date.today()),

@@ -100,9 +100,9 @@ def merge(
             gradient has the parameter's dtype instead.
 
     Returns:
-        parameter -> merged gradient, in the rows' dtype (cast last) and memory layout. It lies
-        where the first row's gradient was, so that it takes no memory of its own; with kernels, or
-        rows that were rounded, it does, one parameter after the other.
+        parameter -> merged gradient, in the rows' dtype (cast last) and memory layout. It is
+        written over the first row that holds the parameter and takes no memory of its own, except
+        with kernels and for rows that were rounded.
     """
     with_kernels, plain = _paths(rows, parameters, fused)
     merged = kernels.merge(rows, with_kernels, weights, rounded) if with_kernels else {}

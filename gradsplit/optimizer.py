@@ -60,7 +60,9 @@ class ModalityDecoupledOptimizer(Optimizer):
         base: any ``torch.optim.Optimizer``. Its groups and state are this optimizer's own.
         rule: ``"gmd"`` (the paper), ``"pcgrad"`` (what the released code runs; there a row also
             meets itself), or a callable Gramian (..., m, m) -> weights (..., m), for example a
-            weighting of the TorchJD package. A lambda cannot be pickled; a function can.
+            weighting of the TorchJD package; those that average, such as its ``UPGradWeighting``,
+            divide by m themselves: give them ``reduction="sum"``. A lambda cannot be pickled; a
+            function can.
         scope: where the Gramian is measured and the weights are applied. ``"shared"`` (the paper):
             the parameters that every loss of this step reaches. ``"all"`` (the released code):
             private parameters inflate the norms, and their gradients are rescaled by other
@@ -156,8 +158,8 @@ class ModalityDecoupledOptimizer(Optimizer):
             )
         if row_dtype not in (None, torch.bfloat16):
             raise ValueError(
-                f"row_dtype must be None or torch.bfloat16, got {row_dtype!r}; float16 would lose "
-                "gradients below 6e-8 and above 65504"
+                f"row_dtype must be None or torch.bfloat16, got {row_dtype!r} (float16 would lose "
+                "gradients below 6e-8 and above 65504)"
             )
         check_parameters(_parameters(base))
         rule, scope = _checked_rule(rule), _checked_scope(scope, base)
@@ -271,6 +273,10 @@ class ModalityDecoupledOptimizer(Optimizer):
         Returns:
             What the base returns; for losses, the detached losses in the same shape: a dict with
             the same keys, a list or a tuple; None where unavailable.
+
+        With ``torch.amp.GradScaler`` call :meth:`backward` with the scaled losses and then
+        ``scaler.step(optimizer)``: losses that are handed to a step are taken as they are, scaled
+        or not, and nothing would unscale their gradients.
 
         Raises:
             RuntimeError: there are pending rows from :meth:`accumulate` that were never merged.

@@ -426,7 +426,11 @@ def test_a_run_from_end_to_end(
         assert picture.read_bytes().startswith(b"\x89PNG")
     table = (out / "table.md").read_text()
     found = json.loads((out / "results.json").read_text(), parse_constant=pytest.fail)
-    assert table in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert table in printed.out
+    # in a log file, where there is no progress bar, what is going on
+    begun = [line for line in printed.err.splitlines() if line.startswith("[3/8] ")]
+    assert len(begun) == 2 and begun[0] == "[3/8] gmd, seed 0"
     assert "synthetic" not in table.lower()
     assert found["data"]["sha256"] == results.file_sha256(file)
     assert found["data"]["sha256"] in table

@@ -382,8 +382,11 @@ def test_two_parts_from_the_command_line(
     assert {"torch", "torchjd", "gradsplit"} <= set(content["environment"])
     table = (folder / "table.md").read_text()
     assert table in capsys.readouterr().out
-    for heading in ("Projection alone", "Growth", "Goals"):
+    for heading in ("Projection alone", "Growth"):
         assert f"## {heading}" in table
+    # toy sizes neither reach nor miss a goal
+    assert content["goals"] == [] and "## Goals" not in table
+    assert "## Goals" in speed_report.write_report({**content, "quick": False}, folder)
     assert "Toy sizes" in table
     # another run goes beside it
     assert speed.main([*arguments[:2], "projection", *arguments[3:]]) == 0
