@@ -70,9 +70,8 @@ class Jacobian:
         return cls(parameters, mappings, matrix, orders)
 
     def fresh(self) -> "Jacobian":
-        """One to be used up: the merge empties the mappings and writes into the first row."""
-        first = {parameter: gradient.clone() for parameter, gradient in self.rows[0].items()}
-        rows = [first, *(dict(row) for row in self.rows[1:])]
+        """One to be used up: a merge empties the rows, and their memory with them."""
+        rows = [{parameter: row[parameter].clone() for parameter in row} for row in self.rows]
         return Jacobian(self.parameters, rows, self.matrix, self.orders)
 
 

@@ -7,7 +7,8 @@ a time, large parameters one by one, small ones side by side. On a GPU the passe
 tested against.
 
 Products of float32 rows are summed in float32 over 1024 columns and from there on in float64: the
-error of K_jk is of the order of 1e-8 ||g_j|| ||g_k||. Whatever does not fit float32 (squares that
+error of K_jk is of the order of 1e-8 ||g_j|| ||g_k||, and up to 2e-6 where all roundings go one way.
+Whatever does not fit float32 (squares that
 underflow or overflow, weights beyond 2^100) is computed once more in float64, where nothing
 underflows or overflows that the rows themselves can hold.
 """
@@ -28,7 +29,7 @@ MutableRows = Sequence[MutableMapping[Tensor, Tensor]]
 
 _RUN = 1024  # columns whose products are summed before the sum becomes float64
 _BAND = 32  # rows whose products with all following rows are taken at once
-_BUFFER = 2**21  # elements of all rows that are multiplied at once: 8 MiB, for all threads
+_BUFFER = 2**23  # bytes of all rows that are multiplied at once: enough for several threads
 _WIDEST = 2**18  # elements of one row that are added at once: 1 MiB, which stays in the cache
 _SMALL = 2**12  # elements below which visiting a tensor costs more than copying it
 _PACK = 2**15  # elements that torch.cat copies in one go; beyond, it visits tensor by tensor
@@ -51,7 +52,7 @@ class _Group:
 class _Pack:
     """Columns that are visited at once: small parameters side by side, or a run of a large one."""
 
-    first: int  # column of the block that it is in
+    offset: int  # of its first column in the block
     pieces: list[tuple[int, int, int]]  # parameter of the group, first element, end
     values: list[list[Tensor]]  # of each piece, one per row
 
@@ -100,9 +101,9 @@ def merge(
             gradient has the parameter's dtype instead.
 
     Returns:
-        parameter -> merged gradient, in the rows' dtype (cast last) and memory layout. It is
-        written over the first row that holds the parameter and takes no memory of its own, except
-        with kernels and for rows that were rounded.
+        parameter -> merged gradient, in the rows' dtype (cast last) and memory layout. Rows
+        and merged gradients together take no more memory than the rows did, plus one parameter;
+        with kernels, or rows that were rounded, plus the merged gradient.
     """
     with_kernels, plain = _paths(rows, parameters, fused)
     merged = kernels.merge(rows, with_kernels, weights, rounded) if with_kernels else {}
@@ -162,14 +163,17 @@ def merge_ref(
                 parameter = group.parameters[index]
                 if start == 0:
                     like = group.gradients[index][0]
-                    merged[parameter], flats[index] = _result(parameter, like, rounded)
+                    dtype = merged_dtype(parameter, like, rounded)
+                    flats[index] = torch.empty(like.numel(), dtype=dtype, device=like.device)
+                    merged[parameter] = unflattened(flats[index], like)
                 flats[index][start:stop] = part
                 if stop == parameter.numel():
                     del flats[index]
                     _forget(rows, group, index)
         for index, parameter in enumerate(group.parameters):  # those without elements: in no pack
             if group.gradients[index]:
-                merged[parameter], _ = _result(parameter, group.gradients[index][0], rounded)
+                like = group.gradients[index][0]
+                merged[parameter] = like.to(merged_dtype(parameter, like, rounded))
                 _forget(rows, group, index)
     return merged
 
@@ -179,11 +183,12 @@ def _product(group: _Group, dtype: torch.dtype) -> Tensor:
     device, m = group.parameters[0].device, len(group.present)
     # BLAS stumbles over odd numbers of rows: sixteen take a third of the time of fifteen.
     lines = m if m <= 12 else -(-m // 8) * 8
-    # Wide enough for all threads, and for large models much less than a row.
-    widest = max(min(_BUFFER, group.columns), _WIDEST) // lines if device.type == "cpu" else _WIDEST
+    widest = _WIDEST
+    if device.type == "cpu":  # all rows together at most like one row, unless that is small
+        widest = min(_BUFFER // dtype.itemsize, max(group.columns, _WIDEST)) // lines
     widest = -(-min(widest, group.columns) // _RUN) * _RUN
     buffer = torch.empty(lines, widest, dtype=dtype, device=device)
-    buffer[m:] = 0.0
+    buffer[m:] = 0.0  # nobody reads their products, but NaN and the like take time
     upper = torch.zeros(lines, lines, dtype=torch.float64, device=device)
 
     def multiply(columns: int) -> None:
@@ -199,10 +204,10 @@ def _product(group: _Group, dtype: torch.dtype) -> Tensor:
 
     filled = 0
     for pack in _packs(group, widest):
-        if pack.first < filled:  # a new block begins
+        if pack.offset < filled:  # a new block begins
             multiply(filled)
-        filled = pack.first + sum(pack.sizes)
-        lines_of = buffer[:m, pack.first : filled].unbind()
+        filled = pack.offset + sum(pack.sizes)
+        lines_of = buffer[:m, pack.offset : filled].unbind()
         for line, row in zip(lines_of, zip(*pack.values, strict=True), strict=True):
             if len(row) == 1:
                 line.copy_(row[0])
@@ -222,15 +227,6 @@ def _combined(pack: _Pack, factors: Tensor, scratch: Tensor) -> Tensor:
     for row, factor in zip(zip(*pack.values, strict=True), weights, strict=True):
         values.addcmul_(row[0] if len(row) == 1 else torch.cat(row), factor)
     return values
-
-
-def _result(parameter: Tensor, like: Tensor, rounded: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    """Where a merged gradient goes, and a flat view of it: its first row, if that can be."""
-    dtype, flat = merged_dtype(parameter, like, rounded), flattened(like, like)
-    if dtype == like.dtype and flat.data_ptr() == like.data_ptr():
-        return like, flat
-    flat = torch.empty(like.numel(), dtype=dtype, device=like.device)
-    return unflattened(flat, like), flat
 
 
 def _forget(rows: MutableRows, group: _Group, index: int) -> None:
@@ -253,7 +249,7 @@ def _packs(group: _Group, widest: int) -> Iterator[_Pack]:
             stop = min(sizes[index], start + widest - filled)
             columns = stop - start
             alone = columns >= small
-            if pack.pieces and (alone or filled - pack.first + columns > most):
+            if pack.pieces and (alone or filled - pack.offset + columns > most):
                 yield pack
                 pack = _Pack(filled, [], [])
             pack.pieces.append((index, start, stop))

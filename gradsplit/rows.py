@@ -248,20 +248,21 @@ class RowTaker:
         with _noted(_in_backward(entry)):
             torch.autograd.backward(loss, retain_graph=retain_graph)
         gradients = earlier
+        taken: set[int] = set()
         for parameter in self.parameters:
             if parameter.grad is not None:
                 _refuse_sparse(parameter.grad, parameter, entry.where)
-                gradients[parameter] = self._kept(parameter.grad, earlier.get(parameter))
+                gradients[parameter] = self._kept(parameter.grad, earlier.get(parameter), taken)
                 parameter.grad = None
         if not gradients:
             raise _reaches_nothing(entry.where)
         total = loss.detach() if row is None else row.loss + loss.detach()
         self.rows[entry.name] = Row(gradients, total)
 
-    def _kept(self, gradient: Tensor, earlier: Tensor | None) -> Tensor:
+    def _kept(self, gradient: Tensor, earlier: Tensor | None, taken: set[int]) -> Tensor:
         """What a row keeps of a gradient, added to that of earlier micro-batches."""
         if self._dtype is None or gradient.element_size() <= self._dtype.itemsize:
-            return _owned(gradient) if earlier is None else gradient + earlier
+            return _owned(gradient, taken) if earlier is None else gradient + earlier
         if earlier is not None:
             gradient = gradient + earlier  # in the wider dtype
         return gradient.to(self._dtype)
@@ -368,10 +369,11 @@ class PartialRowTaker(RowTaker):
                 ones = [torch.ones_like(loss) for loss in losses]
                 torch.autograd.backward(losses, ones, inputs=list(self._outside))
         merged = {}
+        taken: set[int] = set()
         for parameter in self.parameters:
             if parameter.grad is not None:
                 _refuse_sparse(parameter.grad, parameter, "a loss")
-                merged[parameter] = _owned(parameter.grad)
+                merged[parameter] = _owned(parameter.grad, taken)
                 parameter.grad = None
         return merged
 
@@ -393,7 +395,7 @@ class PartialRowTaker(RowTaker):
         for parameter, gradient in zip(self.measured, found, strict=True):
             if gradient is not None:
                 _refuse_sparse(gradient, parameter, entry.where)
-                gradients[parameter] = _owned(gradient)
+                gradients[parameter] = gradient  # of autograd.grad: no bucket, and only read
         if not gradients:
             raise ValueError(
                 f"{entry.where} reaches none of the conflict_parameters, so that its conflicts "
@@ -423,14 +425,20 @@ def _refuse_sparse(gradient: Tensor, parameter: Tensor, where: str) -> None:
         )
 
 
-def _owned(gradient: Tensor) -> Tensor:
-    """A view of another storage is copied: DDP's next backward overwrites its buckets.
+def _owned(gradient: Tensor, taken: set[int]) -> Tensor:
+    """A gradient in a storage of its own; ``taken``: the storages of other parameters' gradients.
 
-    A bucket may be as large as the one gradient in it; and a view may have forgotten its base.
+    Views are copied: DDP's next backward overwrites its buckets, and a bucket may be as large as
+    the one gradient in it. So is what lies where another gradient does: for ``a[None] + b[None]``
+    autograd gives ``a`` and ``b`` one tensor, and adding to the one would change the other.
     """
     size = gradient.numel() * gradient.element_size()
-    borrowed = gradient._base is not None or gradient.untyped_storage().nbytes() > size
-    return gradient.clone() if borrowed else gradient
+    storage = gradient.untyped_storage()
+    if gradient._base is not None or storage.nbytes() > size or storage.data_ptr() in taken:
+        gradient = gradient.clone()
+        storage = gradient.untyped_storage()
+    taken.add(storage.data_ptr())
+    return gradient
 
 
 def _walk(loss: Tensor) -> Iterator[Node]:

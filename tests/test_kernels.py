@@ -233,10 +233,11 @@ def test_signs_of_small_cosines_survive(cosine: float, fused: bool) -> None:
 
 
 @both_paths
-def test_rounding_that_always_goes_one_way(fused: bool) -> None:
+@pytest.mark.parametrize("values", [(0.1, -0.3), (0.7, -1 / 3)])
+def test_rounding_that_always_goes_one_way(values: tuple[float, float], fused: bool) -> None:
     """Equal elements: every addition rounds alike, and errors add up instead of cancelling."""
-    rows, p = two_rows(torch.full((50_000,), 0.1), torch.full((50_000,), -0.3))
-    assert error(gramian(rows, [p], fused), exact_gramian(rows, [p])) < 1e-6
+    rows, p = two_rows(*(torch.full((50_000,), value) for value in values))
+    assert error(gramian(rows, [p], fused), exact_gramian(rows, [p])) < 2e-6
 
 
 @both_paths
@@ -432,6 +433,22 @@ def test_rows_of_several_dtypes_in_one_parameter_are_not_fused() -> None:
     with pytest.raises(ValueError, match="several dtypes or devices"):
         check_fused(rows)
     assert gramian(rows, [p]).tolist() == [[3.0, 3.0], [3.0, 3.0]]
+
+
+@needs_triton
+def test_rows_on_several_devices_in_one_parameter_are_not_fused() -> None:
+    rows, p = two_rows(torch.ones(3), torch.ones(3))
+    rows[1][p] = rows[1][p].to("meta")
+    with pytest.raises(ValueError, match="several dtypes or devices"):
+        check_fused(rows)
+
+
+def test_one_row_in_float64_makes_the_products_float64() -> None:
+    """Whichever it is."""
+    for wide in (0, 1):
+        rows, p = two_rows(torch.full((3000,), 0.7), torch.full((3000,), -1 / 3))
+        rows[wide][p] = rows[wide][p].double()
+        assert error(gramian(rows, [p], False), exact_gramian(rows, [p])) < 1e-14
 
 
 def test_kernels_are_imported_only_when_used() -> None:
