@@ -356,8 +356,10 @@ def draw_steps(
         low, high = axes[0][0].get_xlim()
         axes[0][0].set_xlim(low, high * 1.5)  # room for the numbers
         for axis in axes[-1]:
-            axis.set_xlabel("time / joint step (forward and backward; bar: minimum to maximum)")
-        _finish(figure, path, "A step against one backward of the summed losses\n" + title, [], [])
+            axis.set_xlabel("time / joint step (bar: minimum to maximum)")
+        _finish(
+            figure, path, "Forward and backward against one of the summed losses\n" + title, [], []
+        )
 
 
 def smooth(values: Array, window: int) -> Array:

@@ -7,10 +7,9 @@ a time, large parameters one by one, small ones side by side. On a GPU the passe
 tested against.
 
 Products of float32 rows are summed in float32 over 1024 columns and from there on in float64: the
-error of K_jk is of the order of 1e-8 ||g_j|| ||g_k||, and up to 2e-6 where all roundings go one way.
-Whatever does not fit float32 (squares that
-underflow or overflow, weights beyond 2^100) is computed once more in float64, where nothing
-underflows or overflows that the rows themselves can hold.
+error of K_jk is of the order of 1e-8 ||g_j|| ||g_k||, up to 2e-6 where all roundings go one way.
+Whatever does not fit float32 (squares that underflow or overflow, weights beyond 2^100) is computed
+once more in float64, where nothing underflows or overflows that the rows themselves can hold.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
