@@ -100,9 +100,9 @@ def merge(
             gradient has the parameter's dtype instead.
 
     Returns:
-        parameter -> merged gradient, in the rows' dtype (cast last) and memory layout. Rows
-        and merged gradients together take no more memory than the rows did, plus one parameter;
-        with kernels, or rows that were rounded, plus the merged gradient.
+        parameter -> merged gradient, in the rows' dtype (cast last) and memory layout. Rows and
+        merged gradients together take no more memory than the rows did, plus one parameter; with
+        kernels, or rows that were rounded, plus the merged gradient.
     """
     with_kernels, plain = _paths(rows, parameters, fused)
     merged = kernels.merge(rows, with_kernels, weights, rounded) if with_kernels else {}

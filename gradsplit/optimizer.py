@@ -83,9 +83,8 @@ class ModalityDecoupledOptimizer(Optimizer):
             backwards that stop there; one backward of the weighted losses follows. An
             approximation: see below. None: all is exact.
         row_dtype: ``torch.bfloat16``: rows are rounded to it when each backward has ended, and
-            memory for gradients peaks at (m + 2) / 2 times the parameters; sums stay in
-            float32 or wider, the merged gradient and additions over micro-batches in the
-            gradients' dtype.
+            memory for gradients peaks at (m + 2) / 2 times the parameters; sums stay in float32 or
+            wider, the merged gradient and additions over micro-batches in the gradients' dtype.
             None: rows are as autograd leaves them.
 
     A loss *reaches* a parameter when autograd says so: its gradient is not None. Parameters that no
