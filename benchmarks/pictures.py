@@ -625,8 +625,10 @@ def _finish(
     lines = [textwrap.fill(line, int(11 * figure.get_figwidth())) for line in title.split("\n")]
     figure.suptitle("\n".join(lines), fontsize=11.5)
     if handles:
-        widest = max(map(len, labels)) + 8  # with the line and marker before it
-        columns = min(len(labels), max(1, int(11 * figure.get_figwidth() / widest)))
+        widths = [len(label) + 8 for label in labels]  # with the line and marker before each
+        room, columns = int(11 * figure.get_figwidth()), len(labels)
+        if sum(widths) > room:
+            columns = max(1, room // max(widths))
         figure.legend(handles, labels, loc="outside lower center", ncols=columns)
     with atomic_path(path) as temporary:
         figure.savefig(temporary)
