@@ -1,7 +1,8 @@
 """Decoupling: what one merge saw. Kept as tensors on the device; nothing waits for the host."""
 
 import itertools
-from collections.abc import Sequence
+import math
+import re
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,8 @@ class Decoupling:
     Attributes:
         names: the m rows that were present, in the order of all (m,) and (m, m) tensors.
         unavailable: names that came as None and have no row.
-        losses: (m,), detached; summed over accumulated micro-batches.
+        losses: (m,), detached. Of accumulated micro-batches, rows and losses are means over those
+            in which the loss was available.
         gramian: (m, m), float64, K_jk = <g_j, g_k>.
         weights: (m,), float64, the rule's weights before the reduction.
 
@@ -30,6 +32,12 @@ class Decoupling:
     >>> seen = Decoupling(("text", "audio"), (), torch.ones(2), K, torch.tensor([1.5, 1.5]))
     >>> seen.conflicts(), seen.angles()
     ([('text', 'audio')], tensor([120.0000]))
+    >>> print(seen)
+    loss    value  norm  share  weight
+    text        1     2   0.50    1.50
+    audio       1     2   0.50    1.50
+    text and audio conflict (120 degrees)
+    no conflicting loss dominates another: alignment 1.00
     """
 
     names: tuple[str, ...]
@@ -97,7 +105,11 @@ class Decoupling:
         With ``GradScaler``, losses and norms are those of the scaled losses; all else is a ratio.
 
         Per row: ``loss/NAME``, ``norm/NAME``, ``share/NAME``, ``weight/NAME``. Over all pairs:
-        ``conflict_rate``, ``cosine_min``, ``dominance_max``, ``alignment``.
+        ``conflict_rate``, ``cosine_min``, ``dominance_max``, ``alignment``. In a NAME, what some
+        loggers refuse ("+" of a combination) becomes "-".
+
+        Raises:
+            ValueError: two names become one by that.
         """
         per_row = {
             "loss": self.losses,
@@ -105,7 +117,10 @@ class Decoupling:
             "share": self.shares(),
             "weight": self.weights,
         }
-        keys = [f"{prefix}{kind}/{name}" for kind in per_row for name in self.names]
+        names = [re.sub(r"[^\w .-]", "-", name) for name in self.names]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two of the names {self.names} are one for a logger: {names}")
+        keys = [f"{prefix}{kind}/{name}" for kind in per_row for name in names]
         tensors = [tensor.to(self.gramian.device, torch.float64) for tensor in per_row.values()]
         pairs = self._pairs(self.cosine())
         if pairs.numel() > 0:
@@ -116,6 +131,68 @@ class Decoupling:
         keys += [f"{prefix}conflict_rate", f"{prefix}alignment"]
         tensors += [self._conflict_rate().reshape(1), self._alignment().reshape(1)]
         return dict(zip(keys, torch.cat(tensors).tolist(), strict=True))  # the one transfer
+
+    def __str__(self) -> str:
+        """A small table, the conflicts, and one sentence of verdict: for people."""
+        columns = [
+            ["loss", *self.names],
+            ["value", *(f"{value:.4g}" for value in self.losses.tolist())],
+            ["norm", *(f"{norm:.4g}" for norm in self.norms().tolist())],
+            ["share", *(f"{share:.2f}" for share in self.shares().tolist())],
+            ["weight", *(f"{weight:.2f}" for weight in self.weights.tolist())],
+        ]
+        widths = [max(map(len, column)) for column in columns]
+        lines = [
+            "  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])])
+            for first, *others in zip(*columns, strict=True)
+        ]
+        if self.unavailable:
+            lines.append(f"unavailable: {', '.join(self.unavailable)}")
+        return "\n".join([*lines, *self._quarrels(), self._verdict()])
+
+    def _quarrels(self, most: int = 10) -> list[str]:
+        """A line for each conflicting pair, the widest angle first."""
+        pairs = itertools.combinations(self.names, 2)
+        angles = dict(zip(pairs, self.angles().tolist(), strict=True))
+        conflicts = sorted(self.conflicts(), key=lambda pair: -angles[pair])
+        place = {name: index for index, name in enumerate(self.names)}
+        dominance = self.dominance().tolist()
+        lines = []
+        for j, k in conflicts[:most]:
+            line = f"{j} and {k} conflict ({angles[j, k]:.0f} degrees)"
+            for one, other in ((j, k), (k, j)):
+                times = dominance[place[one]][place[other]]
+                if times > 1.0:
+                    line += f"; {one} dominates {other} ({times:.1f} times)"
+            lines.append(line)
+        if len(conflicts) > most:
+            lines.append(f"and {len(conflicts) - most} more of {len(angles)} pairs conflict")
+        return lines
+
+    def _verdict(self) -> str:
+        for name, loss, norm in zip(
+            self.names, self.losses.tolist(), self.norms().tolist(), strict=True
+        ):
+            if math.isnan(loss):
+                return f"{name} is NaN: where a loss has no sample to average, give None for it"
+            if not math.isfinite(norm):
+                return f"the gradient of {name} is not finite: nothing can be said of conflicts"
+        if len(self.names) == 1:
+            return "one loss alone: there is nothing to decouple"
+        conflicts = self.gramian < 0
+        if not bool(conflicts.any()):
+            return "no pair conflicts: decoupling changes nothing in this step"
+        result = f"alignment {self.alignment():.2f}"
+        if bool((self.weights == 1).all()):
+            result = "the weights leave it so"
+        dominance = torch.where(conflicts, self.dominance(), 0.0)
+        j, k = divmod(int(dominance.argmax()), len(self.names))
+        if dominance[j, k] <= 1.0:
+            return f"no conflicting loss dominates another: {result}"
+        return (
+            f"{self.names[j]} dominates {self.names[k]} ({dominance[j, k]:.1f} times) and pushes "
+            f"it backwards: {result}"
+        )
 
     def _alignment(self) -> Tensor:
         gramian, weights = self.gramian.double(), self.weights.double()
@@ -141,11 +218,3 @@ class Decoupling:
 
 def _nonzero(tensor: Tensor) -> Tensor:
     return torch.where(tensor == 0, 1.0, tensor)
-
-
-def join_losses(losses: Sequence[Tensor]) -> Tensor:
-    """(m,): detached losses of shape () or (1,) in their widest dtype."""
-    dtype = losses[0].dtype
-    for loss in losses[1:]:
-        dtype = torch.promote_types(dtype, loss.dtype)
-    return torch.stack([loss.detach().reshape(()).to(dtype) for loss in losses])

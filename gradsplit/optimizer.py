@@ -2,11 +2,11 @@
 
 import contextlib
 import inspect
-import itertools
 import types
 import warnings
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,27 +14,36 @@ from torch import Tensor
 from torch.optim import LBFGS, SGD, Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from gradsplit import kernels, rules
-from gradsplit.decoupling import Decoupling, join_losses
-from gradsplit.gramian import check_fused, gramian, merge
-from gradsplit.rows import (
-    Losses,
-    PartialRowTaker,
-    Row,
-    RowTaker,
-    add_gradients,
-    check_parameters,
-    read_losses,
-)
+from gradsplit import rules
+from gradsplit.backward import add_gradients, take_partial_rows, take_rows, weighted_backward
+from gradsplit.decoupling import Decoupling
+from gradsplit.jacobian import Jacobian
+from gradsplit.joint import joint_loss
+from gradsplit.losses import Entry, Losses, read_losses
+from gradsplit.rows import has_triton
 
 __all__ = ["ModalityDecoupledOptimizer"]
 
 Rule = Callable[[Tensor], Tensor]
-_RULES = ("gmd", "pcgrad")
+_RULES = ("gmd", "pcgrad", "sum")
 
 # Scalars that must survive a checkpoint live in the param groups: every tool keeps those.
 _SEED = "gradsplit_seed"
 _MERGES = "gradsplit_merges"
+
+# torch.compile does not trace these methods: it would take a minute to compile and gain nothing.
+# (torch.optim's own decorator; that of torch.compiler would import the compiler with gradsplit.)
+_untraced = torch._disable_dynamo  # type: ignore[attr-defined]
+
+
+@dataclass
+class _Window:
+    """The micro-batches of one step, so far."""
+
+    keyed: bool  # the losses came in a mapping
+    jacobian: Jacobian
+    absent: dict[str, None] = field(default_factory=dict)  # unavailable in some micro-batch
+    graphs: defaultdict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
 
 
 class ModalityDecoupledOptimizer(Optimizer):
@@ -58,13 +67,16 @@ class ModalityDecoupledOptimizer(Optimizer):
 
     Args:
         base: any ``torch.optim.Optimizer``. Its groups and state are this optimizer's own.
-        rule: ``"gmd"`` (the paper), ``"pcgrad"`` (what the released code runs; there a row also
-            meets itself), or a callable Gramian (..., m, m) -> weights (..., m), for example a
-            weighting of the TorchJD package; those that average, such as its ``UPGradWeighting``,
-            divide by m themselves: give them ``reduction="sum"``. A lambda cannot be pickled; a
-            function can.
+        rule: ``"gmd"`` (the paper); ``"pcgrad"`` (what the released code runs; there a row also
+            meets itself); ``"sum"``, which decouples nothing: all weights are one, and the report
+            is a diagnosis of plain training; or a callable Gramian (..., m, m) -> weights (..., m),
+            for example a weighting of the TorchJD package; those that average, such as its
+            ``UPGradWeighting``, divide by m themselves: give them ``reduction="sum"``. A lambda
+            cannot be pickled; a function can. What a rule remembers from step to step is not in
+            :meth:`state_dict`: save it beside (TorchJD's stateful weightings are modules, but
+            their ``state_dict`` leaves it out; ``copy.deepcopy`` and ``pickle`` keep it).
         scope: where the Gramian is measured and the weights are applied. ``"shared"`` (the paper):
-            the parameters that every loss of this step reaches. ``"all"`` (the released code):
+            the parameters that every backward of this step reaches. ``"all"`` (the released code):
             private parameters inflate the norms, and their gradients are rescaled by other
             losses' conflicts. Or an iterable of parameters. All other parameters get the plain
             sum (or mean) of their gradients. Where the scope is not reached at all, the weights
@@ -75,37 +87,57 @@ class ModalityDecoupledOptimizer(Optimizer):
             reaches, whatever the scope, and not on the others.
         seed: for ``"pcgrad"``, whose order is drawn from the seed and the number of merges so
             far: the same on every rank and every device, and after a resume.
-        fused: whether Triton kernels measure and merge, in one launch each per dtype. None: where
-            gradients are on a CUDA device, float32, bfloat16 or float16, there are at most 64
-            losses and Triton is installed. True: everywhere, or an error. False: nowhere. The
-            results agree to rounding.
+        fused: whether Triton kernels measure and merge. None: where gradients are on a CUDA
+            device, float32, bfloat16 or float16, there are at most 64 losses and Triton is
+            installed. True: everywhere, or an error. False: nowhere. The results agree to rounding.
+            The kernels run in Triton's interpreter on every test; on a GPU they are untimed.
         conflict_parameters: an iterable of parameters on which alone the Gramian is measured, by
             backwards that stop there; one backward of the weighted losses follows. An
             approximation: see below. None: all is exact.
-        row_dtype: ``torch.bfloat16``: rows are rounded to it when each backward has ended, and
-            memory for gradients peaks at (m + 2) / 2 times the parameters; sums stay in float32 or
-            wider, the merged gradient and additions over micro-batches in the gradients' dtype.
+        row_dtype: ``torch.bfloat16``: rows are kept in it, and memory for gradients peaks at
+            (m + 2) / 2 times the parameters; the merged gradient has the parameters' dtype.
             None: rows are as autograd leaves them.
 
     A loss *reaches* a parameter when autograd says so: its gradient is not None. Parameters that no
-    loss reaches keep ``.grad`` as it was; frozen parameters are ignored. Gradients are taken with
+    loss reaches keep ``.grad`` as it was; frozen parameters are ignored. A parameter that a loss
+    reaches in one micro-batch and not in another is not shared in that window. Leaves outside the
+    optimizer that the losses reach are treated as private parameters are. Gradients are taken with
     one backward per loss, so tensor hooks fire once per loss. Losses that share a graph need no
     ``retain_graph``. Dot products are accurate to 2e-6 of the product of the two norms or better,
     and in float64 for float64 gradients, however small or large the gradients are; the merged
-    gradient is rounded to their dtype last. NaN and inf in a gradient reach ``.grad`` and are never
-    dropped, so that ``torch.amp.GradScaler`` sees them. Memory for gradients peaks at m + 1 times
-    the parameters and 8 MiB, besides what ``.grad`` held before, and nothing waits for the host
-    until a report is read.
+    gradient is rounded to their dtype last. Complex parameters count as pairs of reals. NaN and inf
+    in a gradient reach ``.grad`` and are never dropped, so that ``torch.amp.GradScaler`` sees them.
+    (A loss that averages no sample is NaN: give None for it.) Memory for gradients peaks at m + 1
+    times the shared parameters and twice the private ones, besides what ``.grad`` held before, and
+    nothing waits for the host until a report is read.
+
+    *Two optimizers.* Parameters that belong to another optimizer (Muon for matrices, AdamW for the
+    rest) get the plain mean of their gradients. To decouple all of them, wrap one base that steps
+    both::
+
+        class Both(torch.optim.Optimizer):
+            def __init__(self, *parts):
+                self.parts = parts
+                super().__init__([group for part in parts for group in part.param_groups], {})
+                self.param_groups = [group for part in parts for group in part.param_groups]
+
+            def step(self, closure=None):
+                for part in self.parts:
+                    part.step()
+
+    and save the parts' own ``state_dict()``.
+
+    *torch.compile.* A compiled forward that all losses share joins their graphs, so that every loss
+    seems to reach every parameter: give ``scope=`` the parameters of the trunk that is really
+    shared, and the result is exact. ``backward``, ``accumulate`` and ``step`` are never traced.
 
     *Cheaper steps.* With ``conflict_parameters``, every parameter gets the weights, private ones
-    too: to spare them would take a second backward. ``scope`` does not apply, and the report is of
-    the chosen parameters; each loss must reach some of them. All else is as in the exact step, at
-    a price: the graphs of all losses are alive at once, those of closures and of accumulated
-    micro-batches included. (To free them, call :meth:`backward` for every micro-batch: each is
-    decoupled on its own then, and ``.grad`` adds up.) Tensor hooks on the chosen parameters fire
-    m + 1 times, others once. Leaves outside the optimizer still get the plain sum, by a second
-    backward. Autograd cannot stop inside a reentrant checkpoint. Under DDP each rank weighs its
-    own losses.
+    and leaves outside the optimizer too. ``scope`` does not apply, and the report is of the chosen
+    parameters; each loss must reach some of them. All else is as in the exact step, at a price: the
+    graphs of all losses are alive at once, those of closures and of accumulated micro-batches
+    included. (To free them, call :meth:`backward` for every micro-batch: each is decoupled on its
+    own then, and ``.grad`` adds up.) Tensor hooks on the chosen parameters fire m + 1 times, others
+    once. Autograd cannot stop inside a reentrant checkpoint.
 
     How good the weights are depends on the model; measure yours before you rely on them. The cost
     grows with the distance from the losses. On the sentiment transformer the last linear layer of
@@ -120,11 +152,11 @@ class ModalityDecoupledOptimizer(Optimizer):
 
     Raises:
         TypeError: ``base`` is not an optimizer, or is already wrapped; ``rule``, ``scope`` or
-            ``conflict_parameters`` is of the wrong type, or ``rule`` does not take exactly one
-            argument.
+            ``conflict_parameters`` is of the wrong type, ``rule`` does not take exactly one
+            argument, or is an aggregator of TorchJD.
         ValueError: unknown ``rule``, ``scope``, ``reduction`` or ``row_dtype``; a scope or
             ``conflict_parameters`` that are empty or not the base's; ``conflict_parameters`` with
-            a scope or ``row_dtype``; a complex parameter.
+            a scope or ``row_dtype``.
         RuntimeError: ``fused=True`` without Triton.
     """
 
@@ -150,7 +182,7 @@ class ModalityDecoupledOptimizer(Optimizer):
             raise TypeError(f"seed must be an int, got {type(seed).__name__}")
         if fused not in (None, True, False):
             raise TypeError(f"fused must be None, True or False, got {fused!r}")
-        if fused and not kernels.has_triton():
+        if fused and not has_triton():
             raise RuntimeError(
                 "fused=True needs Triton, which is not installed: pip install triton, or let "
                 "gradsplit choose with fused=None"
@@ -160,21 +192,15 @@ class ModalityDecoupledOptimizer(Optimizer):
                 f"row_dtype must be None or torch.bfloat16, got {row_dtype!r} (float16 would lose "
                 "gradients below 6e-8 and above 65504)"
             )
-        check_parameters(_parameters(base))
         rule, scope = _checked_rule(rule), _checked_scope(scope, base)
         measured: list[Tensor] | None = None
         if conflict_parameters is not None:
             expected = "conflict_parameters must be an iterable of the base's parameters"
             measured = _checked_parameters(conflict_parameters, base, expected)
-            if scope != "shared":
+            if scope != "shared" or row_dtype is not None:
                 raise ValueError(
-                    "conflict_parameters say where conflicts are measured, and every parameter "
-                    "gets the weights: scope must be left at 'shared'"
-                )
-            if row_dtype is not None:
-                raise ValueError(
-                    "row_dtype saves memory for rows of all parameters, which conflict_parameters "
-                    "does without: give one of the two"
+                    "conflict_parameters say where conflicts are measured, every parameter gets "
+                    "the weights, and there are no rows of all of them: leave scope and row_dtype"
                 )
         # torch's __init__ assigns defaults, state and groups; ours are the base's, which must stay
         # as they are: a stand-in takes those assignments.
@@ -186,12 +212,12 @@ class ModalityDecoupledOptimizer(Optimizer):
     def _adopt(
         self,
         base: Optimizer,
-        rule: str | Rule,
-        scope: str | list[Tensor],
-        reduction: str,
-        fused: bool | None,
-        conflict_parameters: list[Tensor] | None,
-        row_dtype: torch.dtype | None,
+        rule: str | Rule = "gmd",
+        scope: str | list[Tensor] = "shared",
+        reduction: str = "mean",
+        fused: bool | None = None,
+        conflict_parameters: list[Tensor] | None = None,
+        row_dtype: torch.dtype | None = None,
     ) -> None:
         self._base = base
         self._rule = rule
@@ -201,13 +227,14 @@ class ModalityDecoupledOptimizer(Optimizer):
         self._conflict_parameters = conflict_parameters
         self._row_dtype = row_dtype
         # Proxies (Lightning, Fabric) share these containers: they are changed, never rebound.
-        self._pending: dict[str, Row] = {}
-        self._absent: dict[str, None] = {}  # unavailable in some micro-batch, in order
+        self._windows: list[_Window] = []  # the one with pending rows, if there is one
         self._reports: list[Decoupling] = []
-        self._active: list[RowTaker] = []
+        self._active: list[None] = []  # not empty while rows are taken
+        self._plain_steps: list[None] = []  # before the first merge
 
     # -- the decoupling ------------------------------------------------------------------------
 
+    @_untraced
     def backward(self, losses: Losses) -> Decoupling:
         """Add the merged gradient to ``.grad``, as ``loss.backward()`` would.
 
@@ -220,15 +247,17 @@ class ModalityDecoupledOptimizer(Optimizer):
                 return None. One loss alone equals plain backward.
 
         Returns:
-            The report. ``losses`` in it, and the rows, include what was accumulated before.
+            The report. Rows and ``losses`` in it are means over this and the accumulated
+            micro-batches.
 
         Raises:
             TypeError, ValueError: no losses, all unavailable, a loss that is not a real scalar that
-                requires grad, two devices, a loss that reaches no parameter of this optimizer, a
-                closure that calls backward, sparse gradients, a rule that does not return (m,)
-                weights, LBFGS as base, gradients that ``fused=True`` cannot take, a loss that
-                reaches none of the ``conflict_parameters``. Parameters, ``.grad`` and optimizer
-                state are as before.
+                requires grad, one given twice, two devices, a loss that reaches no parameter of
+                this optimizer, a closure that calls backward, a sequence where a mapping was
+                accumulated, sparse gradients, gradients that a hook has consumed, a rule that does
+                not return (m,) weights, LBFGS as base, gradients that ``fused=True`` cannot take, a
+                loss that reaches none of the ``conflict_parameters``. Parameters, ``.grad`` and
+                optimizer state are as before.
 
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
         >>> opt = ModalityDecoupledOptimizer(SGD([weight], lr=0.1), reduction="sum")
@@ -239,29 +268,63 @@ class ModalityDecoupledOptimizer(Optimizer):
         """
         return self._decouple(losses, replace=False)[0]
 
+    @_untraced
     def accumulate(self, losses: Losses) -> None:
-        """Sum the gradients of one micro-batch into pending rows; ``.grad`` stays as it is.
+        """Take the rows of one micro-batch and keep them pending; ``.grad`` stays as it is.
 
-        :meth:`backward` on the last micro-batch adds its own rows and merges all. Divide each loss
-        by the number of micro-batches, as with plain torch. A combination may be absent from a
-        micro-batch. :meth:`zero_grad` drops pending rows, and they are not part of
-        :meth:`state_dict`.
+        :meth:`backward` on the last micro-batch adds its own rows and merges all. Each row, and
+        each loss's part of what is outside the scope, is the mean over the micro-batches in which
+        that loss was available: divide nothing. :meth:`zero_grad` drops pending rows, and they are
+        not part of :meth:`state_dict`.
 
         Args:
-            losses: as in :meth:`backward`.
+            losses: as in :meth:`backward`. A loss may be absent from a micro-batch.
 
         Raises:
             TypeError, ValueError: as :meth:`backward`. Once rows are pending, a micro-batch in
                 which everything is unavailable is no error, here or there.
 
-        An error found before the first backward leaves the pending rows as they were. A closure
-        that fails after rows of earlier micro-batches have been added to (in place: a copy would
-        double the memory) drops them all, and a note on its exception says so.
+        An error before the first backward of a call leaves the pending rows as they were. A later
+        one (a closure that fails) drops them, for they have been added to; a note on the exception
+        says so.
         """
-        with self._rows_of(losses) as (_, taken):
-            self._absent.update(dict.fromkeys(name for name in taken if taken[name] is None))
+        with self._taken(losses, last=False):
+            pass  # that is all
+
+    @_untraced
+    def joint(self, losses: Losses) -> Tensor:
+        """One scalar whose ``backward()`` is that of :meth:`backward`: for frameworks.
+
+        Lightning's automatic optimization, Accelerate, the Hugging Face Trainer, ignite and others
+        call ``backward`` themselves. Return this to them, and loss scaling, division by the number
+        of micro-batches and clipping work as ever. Each micro-batch is decoupled on its own, and
+        ``.grad`` adds up.
+
+        Args:
+            losses: as in :meth:`backward`, but tensors and None only.
+
+        Returns:
+            The mean of the losses (``reduction="sum"``: their sum), shape (). Its backward
+            multiplies each loss by the gradient that arrives, and decouples; the report, of losses
+            multiplied so, is :attr:`last`. Without grad mode it is a plain number.
+
+        Raises:
+            TypeError, ValueError: as :meth:`backward`, here or when backward is called; a closure.
+            RuntimeError: in a second backward.
+
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        >>> opt = ModalityDecoupledOptimizer(SGD([weight], lr=0.1))
+        >>> loss = opt.joint({"text": weight.sum(), "audio": -2 * weight[0]})
+        >>> loss.backward()
+        >>> loss.item(), weight.grad, opt.last.conflicts()
+        (0.5, tensor([-0.5000,  1.0000]), [('text', 'audio')])
+        """
+        self._refuse_inside_closure("joint()")
+        entries = read_losses(losses, needs_grad=torch.is_grad_enabled())
+        return joint_loss(entries, self._reduction, self.backward)
 
     # torch declares step(closure); a mapping or sequence of losses is our extension of it.
+    @_untraced
     def step(self, closure: Any = None) -> Any:
         """Step the base; with losses: ``zero_grad()``, :meth:`backward` and the step in one.
 
@@ -277,10 +340,14 @@ class ModalityDecoupledOptimizer(Optimizer):
         ``scaler.step(optimizer)``: losses that are handed to a step are taken as they are, scaled
         or not, and nothing would unscale their gradients.
 
+        Warns:
+            UserWarning: once, at the second step without any merge: ``loss.backward()`` decouples
+                nothing. (The first belongs to tools that step fresh optimizers for a checkpoint.)
+
         Raises:
             RuntimeError: there are pending rows from :meth:`accumulate` that were never merged.
             TypeError, ValueError: as :meth:`backward`, and for a torch closure that returns several
-                losses; nothing was touched and no step taken.
+                losses.
 
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
         >>> opt = ModalityDecoupledOptimizer(SGD([weight], lr=0.1))
@@ -288,23 +355,28 @@ class ModalityDecoupledOptimizer(Optimizer):
         {'text': tensor(3.), 'audio': None}
         """
         self._refuse_inside_closure("step()")
-        self._refuse_pending()
         if closure is None:
-            return self._base.step()
+            self._refuse_pending()
+            result = self._base.step()
+            self._warn_of_plain_steps()
+            return result
         if callable(closure) and not isinstance(closure, Mapping | Sequence):
 
             def checked() -> Any:
-                result = closure()
+                value = closure()
                 # Both before the base changes anything.
                 self._refuse_pending()
-                if isinstance(result, Mapping | Sequence):
+                if isinstance(value, Mapping | Sequence):
                     raise TypeError(
                         "closure returned several losses; step takes the losses themselves, or a "
                         "mapping or sequence with one closure per loss"
                     )
-                return result
+                return value
 
-            return self._base.step(checked)
+            result = self._base.step(checked)
+            self._warn_of_plain_steps()
+            return result
+        self._refuse_pending()
         _, taken = self._decouple(closure, replace=True)
         self._base.step()
         if isinstance(closure, Mapping):
@@ -318,7 +390,7 @@ class ModalityDecoupledOptimizer(Optimizer):
             ValueError: called by a closure whose row is being taken.
         """
         self._refuse_inside_closure("zero_grad()")
-        self._drop_pending()
+        self._windows.clear()
         self._base.zero_grad(set_to_none)
 
     @property
@@ -326,100 +398,41 @@ class ModalityDecoupledOptimizer(Optimizer):
         """The latest report; None before the first merge."""
         return self._reports[-1] if self._reports else None
 
+    @torch.no_grad()
     def _decouple(
         self, losses: Losses, replace: bool
     ) -> tuple[Decoupling, dict[str, Tensor | None]]:
-        with self._rows_of(losses) as (taker, taken):
-            rows = [row.gradients for row in taker.rows.values()]
-            counts = Counter(itertools.chain.from_iterable(rows))  # rows that hold a parameter
-            reached = [p for p in taker.parameters if p in counts]
-            common = {p for p in reached if counts[p] == len(rows)}
-            scope = self._scope_of(reached, common)
-            if self._fused:
-                check_fused(rows)
-            measured = gramian(rows, [p for p in reached if p in scope], self._fused)
+        with self._taken(losses, last=True) as (window, taken):
+            jacobian = window.jacobian
+            gramian = jacobian.gramian(self._fused)
             # One loss has no conflicts: exactly its gradient, NaN only where it has NaN.
-            alone = not scope or len(rows) == 1
-            weights = torch.ones_like(measured[0]) if alone else self._weights(measured)
+            alone = len(gramian) == 1 or not jacobian.blocks
+            weights = torch.ones_like(gramian[0]) if alone else self._weights(gramian)
             report = Decoupling(
-                names=tuple(taker.rows),
-                unavailable=tuple(n for n in self._absent | taken if n not in taker.rows),
-                losses=join_losses([row.loss for row in taker.rows.values()]),
-                gramian=measured,
+                names=tuple(jacobian.names),
+                unavailable=tuple(name for name in window.absent if name not in jacobian.names),
+                losses=jacobian.losses(),
+                gramian=gramian,
                 weights=weights,
             )
-            taker.consume()
-            merged: dict[Tensor, Tensor] = {}
-            if isinstance(taker, PartialRowTaker):
-                merged = self._merged_by_backward(taker, weights)
+            if self._conflict_parameters is None:
+                merged = jacobian.merged(weights, self._reduction, self._fused)
             else:
-                for in_scope, by_all in itertools.product((True, False), repeat=2):
-                    part = [p for p in reached if (p in scope, p in common) == (in_scope, by_all)]
-                    factors = weights if in_scope else torch.ones_like(weights)
-                    factors = factors / self._divisor(len(rows), by_all)
-                    merged |= merge(rows, part, factors, self._fused, self._row_dtype)
-        self._drop_pending()
+                trainable = self._trainable()
+                merged = weighted_backward(window.graphs, weights, trainable, self._reduction)
+        self._windows.clear()
         if replace:
             self._base.zero_grad()
-        add_gradients(merged)
+        add_gradients({leaf: g for leaf, g in merged.items() if leaf.requires_grad})
         self._write_counters(self._counter(_SEED), self._counter(_MERGES) + 1)
         self._reports[:] = [report]
         return report, taken
 
-    def _merged_by_backward(self, taker: PartialRowTaker, weights: Tensor) -> dict[Tensor, Tensor]:
-        m = len(weights)
-        if self._reduction != "released":
-            return taker.merge(weights / self._divisor(m, True))
-        common = taker.reached_by_all()
-        gradients = taker.merge(weights)
-        return {p: g / self._divisor(m, p in common) for p, g in gradients.items()}
-
-    def _scope_of(self, reached: Iterable[Tensor], common: set[Tensor]) -> set[Tensor]:
-        if self._scope == "shared" and self._conflict_parameters is None:
-            return common
-        if isinstance(self._scope, str):  # "all", or all that partial rows hold
-            return set(reached)
-        return set(self._scope).intersection(reached)
-
-    def _divisor(self, m: int, reached_by_all: bool) -> int:
-        if self._reduction == "sum" or (self._reduction == "released" and not reached_by_all):
-            return 1
-        return m
-
-    @torch.no_grad()
-    def _weights(self, measured: Tensor) -> Tensor:
-        m = len(measured)
-        if self._rule == "gmd":
-            return rules.gmd(measured)
-        if self._rule == "pcgrad":
-            return rules.pcgrad(measured, self._order(m, measured.device))
-        assert callable(self._rule)
-        weights = self._rule(measured.clone())  # the report keeps its own
-        if not isinstance(weights, Tensor):
-            raise TypeError(f"rule must return a tensor of weights, got {type(weights).__name__}")
-        if weights.shape != (m,):
-            raise ValueError(
-                f"rule must return weights of shape ({m},) for a Gramian of shape ({m}, {m}), "
-                f"got {tuple(weights.shape)}"
-            )
-        return weights.detach().to(measured)
-
-    def _order(self, m: int, device: torch.device) -> Tensor:
-        """(m, m): for each row a random permutation, from the seed and the number of merges.
-
-        Drawn where it is used, and with integers alone, so that it is the same on every device.
-        """
-        # An odd multiplier keeps (seed, merges) and (seed + 1, merges - 1) apart.
-        counter = _wrapped(self._counter(_SEED) * 0x9E3779B97F4A7C15 + self._counter(_MERGES))
-        stream = _scrambled(torch.full((m, m), counter, dtype=torch.long, device=device))
-        place = torch.arange(m * m, device=device, dtype=torch.long).view(m, m)
-        return _scrambled(stream + place * _wrapped(0x9E3779B97F4A7C15)).argsort(
-            dim=-1, stable=True
-        )
-
     @contextlib.contextmanager
-    def _rows_of(self, losses: Losses) -> Iterator[tuple[RowTaker, dict[str, Tensor | None]]]:
-        """Take the rows of ``losses`` into the pending ones: all or nothing, to the end of with."""
+    def _taken(
+        self, losses: Losses, last: bool
+    ) -> Iterator[tuple[_Window, dict[str, Tensor | None]]]:
+        """Take the rows of ``losses`` into the window: all or nothing, to the end of ``with``."""
         self._refuse_inside_closure("backward(), accumulate() or step()")
         if isinstance(self._base, LBFGS):
             raise TypeError(
@@ -427,25 +440,85 @@ class ModalityDecoupledOptimizer(Optimizer):
                 "use step(closure) with a closure that calls backward itself"
             )
         entries = read_losses(losses)
-        taker = self._taker()
-        self._active.append(taker)
+        window = self._window(isinstance(losses, Mapping), last)
+        jacobian, earlier = window.jacobian, window.jacobian.backwards
+        self._active.append(None)
         try:
-            with taker:
-                yield taker, taker.take(entries)
+            taken = self._take(entries, window)
+            if not jacobian.names:
+                names = ", ".join(repr(entry.name) for entry in entries)
+                raise ValueError(f"losses: all are unavailable (None): {names}; skip this batch")
+            window.absent.update(dict.fromkeys(name for name in taken if taken[name] is None))
+            yield window, taken
+        except BaseException as error:
+            if earlier and jacobian.backwards > earlier:
+                self._windows.clear()
+                if hasattr(error, "add_note"):  # Python 3.11
+                    error.add_note(
+                        "gradsplit: rows accumulated from earlier micro-batches had already been "
+                        "added to and were dropped; start the accumulation again"
+                    )
+            raise
         finally:
             self._active.clear()
+        self._windows[:] = [window]
 
-    def _taker(self) -> RowTaker:
-        parameters = _parameters(self._base)
+    def _take(self, entries: list[Entry], window: _Window) -> dict[str, Tensor | None]:
+        trainable = self._trainable()
         if self._conflict_parameters is None:
-            return RowTaker(parameters, self._pending, self._row_dtype)
-        return PartialRowTaker(parameters, self._pending, self._conflict_parameters)
+            scope = trainable if isinstance(self._scope, str) else self._scope
+            return take_rows(entries, trainable, window.jacobian, set(scope))
+        measured = [p for p in self._conflict_parameters if p.requires_grad]
+        if not measured:
+            raise ValueError(
+                "conflict_parameters: none of them requires grad any more, so that conflicts "
+                "cannot be measured"
+            )
+        return take_partial_rows(entries, trainable, measured, window.jacobian, window.graphs)
+
+    def _window(self, keyed: bool, last: bool) -> _Window:
+        """The one with pending rows, or a new one."""
+        if not self._windows:
+            shared = self._scope == "shared" and self._conflict_parameters is None
+            return _Window(keyed, Jacobian(shared, last, self._row_dtype))
+        window = self._windows[0]
+        if window.keyed != keyed:
+            kinds = ("a sequence", "a mapping")
+            raise ValueError(
+                f"losses is {kinds[keyed]}, but {kinds[window.keyed]} was accumulated before it: "
+                "name the losses of all micro-batches in one way"
+            )
+        return window
+
+    def _trainable(self) -> list[Tensor]:
+        return [parameter for parameter in _parameters(self._base) if parameter.requires_grad]
+
+    def _weights(self, gramian: Tensor) -> Tensor:
+        m = len(gramian)
+        if self._rule == "gmd":
+            return rules.gmd(gramian)
+        if self._rule == "pcgrad":
+            seed, merges = self._counter(_SEED), self._counter(_MERGES)
+            return rules.pcgrad(gramian, rules.draw_order(m, seed, merges, gramian.device))
+        if self._rule == "sum":
+            return torch.ones_like(gramian[0])
+        assert callable(self._rule)
+        weights = self._rule(gramian.clone())  # the report keeps its own
+        if not isinstance(weights, Tensor):
+            raise TypeError(f"rule must return a tensor of weights, got {type(weights).__name__}")
+        if weights.shape != (m,):
+            raise ValueError(
+                f"rule must return weights of shape ({m},) for a Gramian of shape ({m}, {m}), "
+                f"got {tuple(weights.shape)}"
+            )
+        return weights.detach().to(gramian)
 
     def _refuse_pending(self) -> None:
-        if self._pending:
+        if self._windows:
             raise RuntimeError(
-                f"step() with {len(self._pending)} pending rows from accumulate(); call "
-                "backward(losses) with the last micro-batch first, or zero_grad() to drop them"
+                f"step() with {len(self._windows[0].jacobian.names)} pending rows from "
+                "accumulate(); call backward(losses) with the last micro-batch first, or "
+                "zero_grad() to drop them"
             )
 
     def _refuse_inside_closure(self, call: str) -> None:
@@ -453,6 +526,18 @@ class ModalityDecoupledOptimizer(Optimizer):
             raise ValueError(
                 f"a closure given to this optimizer called its {call}; such a closure must only "
                 "compute and return its loss"
+            )
+
+    def _warn_of_plain_steps(self) -> None:
+        if self._reports or len(self._plain_steps) > 1:
+            return
+        self._plain_steps.append(None)
+        if len(self._plain_steps) == 2:
+            warnings.warn(
+                "two steps and nothing has been decoupled: give this optimizer the losses one by "
+                "one, opt.backward(losses), or opt.joint(losses) where a framework calls backward; "
+                "loss.backward() is plain training",
+                stacklevel=4,
             )
 
     # -- the contract of torch.optim -----------------------------------------------------------
@@ -489,14 +574,19 @@ class ModalityDecoupledOptimizer(Optimizer):
     def param_groups(self, value: list[dict[str, Any]]) -> None:
         self._base.param_groups = value
 
+    def train(self, mode: bool = True) -> None:
+        """The base's, where it has one (schedule-free optimizers)."""
+        if hasattr(self._base, "train"):
+            self._base.train(mode) if mode is not True else self._base.train()
+
+    def eval(self) -> None:
+        """The base's, where it has one."""
+        if hasattr(self._base, "eval"):
+            self._base.eval()
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base, at any time. Raises ValueError for complex parameters."""
+        """Add a group to the base, at any time."""
         self._base.add_param_group(param_group)
-        try:
-            check_parameters(self._base.param_groups[-1]["params"])
-        except ValueError:
-            self._base.param_groups.pop()
-            raise
         self._write_counters(self._counter(_SEED), self._counter(_MERGES))
 
     def state_dict(self) -> dict[str, Any]:
@@ -512,7 +602,7 @@ class ModalityDecoupledOptimizer(Optimizer):
         """
         seed, merges = self._counter(_SEED), self._counter(_MERGES)
         self._base.load_state_dict(state_dict)
-        self._drop_pending()
+        self._windows.clear()
         first = self.param_groups[0]
         self._write_counters(first.get(_SEED, seed), first.get(_MERGES, merges))
 
@@ -557,8 +647,8 @@ class ModalityDecoupledOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         options = dict(state)
-        scheduled = options.pop("scheduled")
-        self._adopt(**options)
+        scheduled = options.pop("scheduled", False)
+        self._adopt(**options)  # which knows what an older pickle lacks
         super().__setstate__({})
         if scheduled:
             # A learning-rate scheduler had patched step. Its patch holds on to the original
@@ -584,15 +674,11 @@ class ModalityDecoupledOptimizer(Optimizer):
         for group in self.param_groups:
             group[_SEED], group[_MERGES] = seed, merges
 
-    def _drop_pending(self) -> None:
-        self._pending.clear()
-        self._absent.clear()
-
     def _warn_pending(self, what: str) -> None:
-        if self._pending:
+        if self._windows:
             warnings.warn(
-                f"{what} does not include the {len(self._pending)} pending rows from "
-                "accumulate(); call backward() first to keep them",
+                f"{what} does not include the {len(self._windows[0].jacobian.names)} pending rows "
+                "from accumulate(); call backward() first to keep them",
                 stacklevel=3,
             )
 
@@ -606,19 +692,6 @@ def _scheduled_step(self: ModalityDecoupledOptimizer, *args: Any, **kwargs: Any)
 _scheduled_step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
 
-def _scrambled(keys: Tensor) -> Tensor:
-    """The finalizer of SplitMix64 (Steele et al. 2014): 64 bits in, 64 well-mixed bits out."""
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
-        # The shift of a signed integer repeats its sign: the mask makes it a logical one.
-        keys = (keys ^ ((keys >> shift) & ((1 << (64 - shift)) - 1))) * _wrapped(factor)
-    return keys
-
-
-def _wrapped(value: int) -> int:
-    """The signed 64-bit integer with the low bits of ``value``."""
-    return (value + 2**63) % 2**64 - 2**63
-
-
 def _parameters(base: Optimizer) -> list[Tensor]:
     """Every parameter once."""
     return list(dict.fromkeys(p for group in base.param_groups for p in group["params"]))
@@ -629,6 +702,12 @@ def _checked_rule(rule: str | Rule) -> str | Rule:
         if rule not in _RULES:
             raise ValueError(f"rule must be one of {_RULES} or a callable, got {rule!r}")
         return rule
+    if any(t.__name__ == "Aggregator" and "torchjd" in t.__module__ for t in type(rule).__mro__):
+        raise TypeError(
+            f"rule is an aggregator of TorchJD, {type(rule).__name__}: it maps a Jacobian to a "
+            "vector, and a rule maps a Gramian to weights. Give its weighting, where it has one: "
+            f"torchjd.aggregation.{type(rule).__name__}Weighting() with reduction='sum'"
+        )
     if not callable(rule):
         raise TypeError(f"rule must be one of {_RULES} or a callable, got {type(rule).__name__}")
     try:

@@ -9,7 +9,7 @@ A rule is any callable that maps a Gramian (..., m, m) to weights (..., m).
 import torch
 from torch import Tensor
 
-__all__ = ["gmd", "pcgrad"]
+__all__ = ["draw_order", "gmd", "pcgrad"]
 
 
 def gmd(gramian: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def pcgrad(gramian: Tensor, order: Tensor) -> Tensor:
     Args:
         gramian: (..., m, m), symmetric, floating point.
         order: LongTensor (..., m, m); row i is a permutation of 0 ... m-1, the order in which row
-            i meets the others. The position of i itself does not matter.
+            i meets the others (:func:`draw_order`). The position of i itself does not matter.
 
     Returns:
         Weights (..., m), at least 1, in the Gramian's dtype (float32 for half precision). A zero
@@ -100,6 +100,36 @@ def pcgrad(gramian: Tensor, order: Tensor) -> Tensor:
         removed = torch.where(met == itself, 0.0, removed)
         coefficients.scatter_add_(-1, met.unsqueeze(-1), -removed.unsqueeze(-1))
     return coefficients.sum(-2)
+
+
+def draw_order(m: int, seed: int, step: int, device: torch.device | None = None) -> Tensor:
+    """A random permutation for each of m rows, from ``seed`` and ``step`` alone: (m, m).
+
+    Drawn where it is used and with integers alone, so that it is the same on every device, rank and
+    resume; torch's own generators differ between devices.
+
+    >>> order = draw_order(3, seed=0, step=7)
+    >>> order.sort(dim=-1).values.tolist()
+    [[0, 1, 2], [0, 1, 2], [0, 1, 2]]
+    """
+    # An odd multiplier keeps (seed, step) and (seed + 1, step - 1) apart.
+    counter = _signed(seed * 0x9E3779B97F4A7C15 + step)
+    stream = _scrambled(torch.full((m, m), counter, dtype=torch.long, device=device))
+    place = torch.arange(m * m, dtype=torch.long, device=device).view(m, m)
+    return _scrambled(stream + place * _signed(0x9E3779B97F4A7C15)).argsort(dim=-1, stable=True)
+
+
+def _scrambled(keys: Tensor) -> Tensor:
+    """The finalizer of SplitMix64 (Steele et al. 2014): 64 bits in, 64 well-mixed bits out."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        # The shift of a signed integer repeats its sign: the mask makes it a logical one.
+        keys = (keys ^ ((keys >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
+    return keys
+
+
+def _signed(value: int) -> int:
+    """The signed 64-bit integer with the low bits of ``value``."""
+    return (value + 2**63) % 2**64 - 2**63
 
 
 def _squared_norms(gramian: Tensor) -> Tensor:

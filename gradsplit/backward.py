@@ -1,0 +1,314 @@
+"""One backward per loss: the only file that calls backward or touches ``.grad``.
+
+Gradients come from ``.backward()`` and not from ``autograd.grad``, because reentrant checkpointing
+and the hooks of DDP and FSDP work only there. (Only the partial rows of ``conflict_parameters``,
+which are there to tell the weights, come from ``autograd.grad``.)
+"""
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import Node, get_gradient_edge
+
+from gradsplit.jacobian import Jacobian
+from gradsplit.losses import Entry, checked_loss, noted
+
+__all__ = ["add_gradients", "take_partial_rows", "take_rows", "weighted_backward"]
+
+Taken = dict[str, Tensor | None]
+"""The detached losses by name; None: unavailable."""
+
+
+def take_rows(
+    entries: Sequence[Entry],
+    parameters: Sequence[Tensor],
+    jacobian: Jacobian,
+    eligible: Collection[Tensor],
+) -> Taken:
+    """Run every closure, and one backward per loss; what they leave goes into ``jacobian``.
+
+    Every ``.grad`` is as before afterwards, whatever happens. What the graph does not show is not
+    restored: leaves outside ``parameters`` that only a reentrant checkpoint knows of.
+
+    Args:
+        entries: the losses.
+        parameters: of the optimizer, those that require grad.
+        jacobian: it is added to as the backwards come.
+        eligible: the parameters that may be in its rows.
+
+    Raises:
+        ValueError: a loss reaches none of the parameters, or has a sparse gradient; a closure
+            called backward.
+        TypeError, ValueError: what a closure returned is not a loss.
+    """
+    taken: Taken = {}
+    with _set_aside(parameters) as held:
+        given = [(e.loss, e.where) for e in entries if isinstance(e.loss, Tensor)]
+        together = _survey(given, parameters)
+        _set_aside_more(together.leaves, held)
+        if jacobian.shared:  # rows start at their final size, as far as the graphs tell
+            eligible = {p for p in eligible if together.reached_by_all(p)}
+        places = iter(range(len(given)))
+        for entry, loss in _losses(entries, held):
+            if loss is None:
+                taken[entry.name] = None
+                continue
+            if isinstance(entry.loss, Tensor):
+                graphs, place = together, next(places)
+            else:
+                graphs, place = _survey([(loss, entry.where)], parameters), 0
+                _set_aside_more(graphs.leaves, held)
+            with noted(_in_backward(entry)):
+                torch.autograd.backward(loss, retain_graph=graphs.retained[place])
+            gradients = {leaf: leaf.grad for leaf in held if leaf.grad is not None}
+            _refuse_sparse(gradients, entry.where)
+            _refuse_consumed(gradients, entry.where, graphs, place)
+            if gradients.keys().isdisjoint(parameters):
+                raise _reaches_nothing(entry.where)
+            jacobian.add(entry.name, loss, gradients, eligible)
+            taken[entry.name] = loss.detach()
+            del loss, gradients  # and with it the graph of a closure, before the next one runs
+            for leaf in held:
+                leaf.grad = None
+    return taken
+
+
+def take_partial_rows(
+    entries: Sequence[Entry],
+    parameters: Sequence[Tensor],
+    measured: Sequence[Tensor],
+    jacobian: Jacobian,
+    graphs: defaultdict[str, list[Tensor]],
+) -> Taken:
+    """Rows on ``measured`` alone, by backwards that stop there; the graphs are kept.
+
+    Args:
+        entries, parameters, jacobian: as for :func:`take_rows`.
+        measured: the parameters that rows are taken on.
+        graphs: the losses themselves are added to it, by name, for :func:`weighted_backward`.
+
+    Raises:
+        ValueError: as :func:`take_rows`; a loss reaches none of the ``measured``.
+    """
+    taken: Taken = {}
+    with _set_aside(parameters) as held:
+        for entry, loss in _losses(entries, held):
+            if loss is None:
+                taken[entry.name] = None
+                continue
+            with noted(_in_backward(entry)):
+                found = torch.autograd.grad(loss, measured, retain_graph=True, allow_unused=True)
+            pairs = zip(measured, found, strict=True)
+            gradients = {leaf: gradient for leaf, gradient in pairs if gradient is not None}
+            if not gradients:
+                raise ValueError(
+                    f"{entry.where} reaches none of the conflict_parameters, so that its conflicts "
+                    "cannot be measured; choose parameters that every loss uses"
+                )
+            _refuse_sparse(gradients, entry.where)
+            jacobian.add(entry.name, loss, gradients, set(measured))
+            graphs[entry.name].append(loss)
+            taken[entry.name] = loss.detach()
+    return taken
+
+
+def weighted_backward(
+    graphs: Mapping[str, Sequence[Tensor]],
+    weights: Tensor,
+    parameters: Sequence[Tensor],
+    reduction: str,
+) -> dict[Tensor, Tensor]:
+    """The gradient of sum_i w_i loss_i, by leaf: one ordinary backward through all graphs.
+
+    Args:
+        graphs: m names, each with the loss of every micro-batch that had it; their mean is weighed.
+        weights: (m,).
+        parameters: of the optimizer, those that require grad.
+        reduction: ``"mean"``, ``"sum"`` or ``"released"``.
+    """
+    names: list[str] = []
+    losses: list[Tensor] = []
+    factors: list[Tensor] = []
+    for (name, some), weight in zip(graphs.items(), weights.unbind(), strict=True):
+        names += [name] * len(some)
+        losses += some
+        weight = weight / (len(some) * (len(graphs) if reduction == "mean" else 1))
+        factors += [weight.to(loss).reshape(loss.shape) for loss in some]
+    found = _survey([(loss, "a loss") for loss in losses], parameters)
+    with _set_aside(parameters) as held:
+        _set_aside_more(found.leaves, held)
+        with noted(
+            "in the one backward of all losses; with conflict_parameters the graphs of all losses "
+            "are needed until then: do not call backward yourself"
+        ):
+            torch.autograd.backward(losses, factors)
+        gradients = {leaf: leaf.grad for leaf in held if leaf.grad is not None}
+    _refuse_sparse(gradients, "a loss")
+    if reduction == "released":
+        for leaf, gradient in gradients.items():
+            reaching = {name for place, name in enumerate(names) if found.reaches(place, leaf)}
+            gradients[leaf] = gradient / len(graphs) if len(reaching) == len(graphs) else gradient
+    return gradients
+
+
+def add_gradients(gradients: Mapping[Tensor, Tensor]) -> None:
+    """Add to ``.grad`` as a backward would: in place where there is one already."""
+    held: list[Tensor] = []
+    added: list[Tensor] = []
+    for leaf, gradient in gradients.items():
+        if leaf.grad is None:
+            leaf.grad = gradient
+        else:
+            held.append(leaf.grad)
+            added.append(gradient)
+    if held:
+        torch._foreach_add_(held, added)
+
+
+@contextlib.contextmanager
+def _set_aside(leaves: Iterable[Tensor]) -> Iterator[dict[Tensor, Tensor | None]]:
+    """Inside ``with``, ``.grad`` of the leaves is None, and of those that are added."""
+    held: dict[Tensor, Tensor | None] = {}
+    try:
+        _set_aside_more(leaves, held)
+        yield held
+    finally:
+        for leaf, gradient in held.items():
+            leaf.grad = gradient
+
+
+def _set_aside_more(leaves: Iterable[Tensor], held: dict[Tensor, Tensor | None]) -> None:
+    for leaf in leaves:
+        if leaf not in held:
+            held[leaf] = leaf.grad
+            leaf.grad = None
+
+
+def _losses(
+    entries: Iterable[Entry], held: Iterable[Tensor]
+) -> Iterator[tuple[Entry, Tensor | None]]:
+    """The loss of each entry; a closure is called when its turn comes."""
+    device: torch.device | None = None
+    for entry in entries:
+        if entry.loss is None or isinstance(entry.loss, Tensor):
+            loss = entry.loss
+        else:
+            with torch.enable_grad(), noted(f"in the closure of {entry.where}"):
+                loss = entry.loss()
+            if any(leaf.grad is not None for leaf in held):
+                raise ValueError(
+                    f"the closure of {entry.where} called backward; it must only compute and "
+                    "return its loss, the optimizer calls backward on it"
+                )
+            if loss is not None:
+                checked_loss(loss, f"the closure of {entry.where}: its result", device)
+        if loss is not None:
+            device = loss.device
+        yield entry, loss
+        del loss  # or the graph of a closure would live while the next one runs
+
+
+@dataclass
+class _Graphs:
+    """What the graphs of some losses show."""
+
+    leaves: dict[Tensor, int]  # leaf -> bits of the losses that reach it
+    hidden: int  # bits of the losses behind which there may be leaves that the graph does not show
+    retained: list[bool]  # whether a later loss needs some of a loss's graph
+
+    def reaches(self, place: int, leaf: Tensor) -> bool:
+        """Whether the graph of the loss at ``place`` shows the leaf."""
+        return bool(self.leaves.get(leaf, 0) >> place & 1)
+
+    def reached_by_all(self, leaf: Tensor) -> bool:
+        """Whether every loss reaches the leaf, or may."""
+        return self.leaves.get(leaf, 0) | self.hidden == (1 << len(self.retained)) - 1
+
+
+def _survey(losses: Sequence[tuple[Tensor, str]], parameters: Iterable[Tensor]) -> _Graphs:
+    """Look through the graphs of losses, each node once.
+
+    Raises:
+        ValueError: a loss reaches none of the ``parameters``; before any graph is freed.
+    """
+    roots = [get_gradient_edge(loss).node for loss, _ in losses]
+    following: dict[Node, list[Node]] = {}
+    waiting = dict.fromkeys(roots, 0)  # node -> edges into it that are still to be followed
+    stack = list(waiting)
+    while stack:
+        node = stack.pop()
+        following[node] = [other for other, _ in node.next_functions if other is not None]
+        for other in following[node]:
+            if other not in waiting:
+                waiting[other] = 0
+                stack.append(other)
+            waiting[other] += 1
+    bits = dict.fromkeys(waiting, 0)  # node -> bits of the losses in whose graph it is
+    for place, root in enumerate(roots):
+        bits[root] |= 1 << place
+    leaves: dict[Tensor, int] = {}
+    hidden = retained = 0
+    ready = [node for node in dict.fromkeys(roots) if waiting[node] == 0]
+    while ready:
+        node = ready.pop()
+        own = bits[node]
+        if not following[node] and (leaf := getattr(node, "variable", None)) is not None:
+            leaves[leaf] = own  # with nothing that a backward frees
+            continue
+        retained |= own ^ (1 << (own.bit_length() - 1))  # all losses but the last
+        if isinstance(node, BackwardCFunction):
+            hidden |= own  # behind a reentrant checkpoint: its backward will tell
+        for other in following[node]:
+            bits[other] |= own
+            waiting[other] -= 1
+            if waiting[other] == 0:
+                ready.append(other)
+    reaching = hidden
+    for parameter in parameters:
+        reaching |= leaves.get(parameter, 0)
+    for place, (_, where) in enumerate(losses):
+        if not reaching >> place & 1:
+            raise _reaches_nothing(where)
+    return _Graphs(leaves, hidden, [bool(retained >> place & 1) for place in range(len(losses))])
+
+
+def _refuse_consumed(
+    gradients: Mapping[Tensor, Tensor], where: str, graphs: _Graphs, place: int
+) -> None:
+    for leaf in graphs.leaves:
+        hooked = getattr(leaf, "_post_accumulate_grad_hooks", None)
+        if hooked and leaf not in gradients and graphs.reaches(place, leaf):
+            raise ValueError(
+                f"{where}: a post-accumulate hook has consumed the gradient of a parameter of "
+                f"shape {tuple(leaf.shape)}; optimizers that step inside backward cannot be "
+                "decoupled, remove the hook"
+            )
+
+
+def _refuse_sparse(gradients: Mapping[Tensor, Tensor], where: str) -> None:
+    for leaf, gradient in gradients.items():
+        if gradient.layout is not torch.strided:
+            raise ValueError(
+                f"{where} has a sparse gradient for a parameter of shape {tuple(leaf.shape)}; use "
+                "dense gradients (for nn.Embedding: sparse=False) or give that parameter to an "
+                "optimizer of its own"
+            )
+
+
+def _in_backward(entry: Entry) -> str:
+    return (
+        f"in the backward of {entry.where}; if its graph was freed: do not call backward yourself, "
+        "give a loss once, and let a closure run its own forward (losses that share one are given "
+        "as tensors)"
+    )
+
+
+def _reaches_nothing(where: str) -> ValueError:
+    return ValueError(
+        f"{where} does not depend on any parameter of this optimizer that requires grad"
+    )

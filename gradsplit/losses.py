@@ -1,0 +1,146 @@
+"""What the user hands over: names, closures, None; every check that needs no backward."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Entry", "Losses", "checked_loss", "join_losses", "noted", "read_losses"]
+
+Closure = Callable[[], Tensor | None]
+Losses = Mapping[str | tuple[str, ...], Tensor | Closure | None] | Sequence[Tensor | Closure | None]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One loss as the user gave it."""
+
+    name: str
+    where: str  # for messages: "loss 2 of 4 ('text+audio')"
+    loss: Tensor | Closure | None
+
+
+def read_losses(losses: Losses, needs_grad: bool = True) -> list[Entry]:
+    """Name the losses and check all that can be checked before any closure or backward runs.
+
+    Args:
+        losses: as in :meth:`gradsplit.ModalityDecoupledOptimizer.backward`.
+        needs_grad: whether a loss that requires no grad is an error.
+
+    Raises:
+        TypeError: not a mapping or sequence; a key that is no name; a loss that is neither tensor,
+            closure nor None.
+        ValueError: no losses; two keys with one name, a modality twice in a combination, or one
+            tensor under two names; a loss that is not a real scalar, requires no grad, or lies on
+            another device than the first.
+    """
+    if isinstance(losses, Mapping):
+        names, values = [_name(key) for key in losses], list(losses.values())
+    elif isinstance(losses, Sequence) and not isinstance(losses, str | bytes):
+        names, values = [str(index) for index in range(len(losses))], list(losses)
+    else:
+        raise TypeError(
+            "losses must be a mapping from modality or combination to loss, or a sequence of "
+            f"losses; got {_describe(losses)}"
+        )
+    if not values:
+        raise ValueError("losses is empty: give one loss per modality or combination")
+    _refuse_double_names(names)
+    wheres = [f"loss {i} of {len(names)} ({name!r})" for i, name in enumerate(names, start=1)]
+    entries = [Entry(*entry) for entry in zip(names, wheres, values, strict=True)]
+    seen: dict[int, str] = {}
+    device: torch.device | None = None
+    for entry in entries:
+        if isinstance(entry.loss, Tensor):
+            if id(entry.loss) in seen:
+                raise ValueError(
+                    f"{entry.where} is the same tensor as {seen[id(entry.loss)]}; give each loss "
+                    "once, under one name"
+                )
+            seen[id(entry.loss)] = entry.where
+            device = checked_loss(entry.loss, entry.where, device, needs_grad).device
+        elif entry.loss is not None and not callable(entry.loss):
+            raise TypeError(
+                f"{entry.where} must be a scalar loss tensor, a closure or None; "
+                f"got {_describe(entry.loss)}"
+            )
+    return entries
+
+
+def checked_loss(
+    loss: Any, where: str, device: torch.device | None, needs_grad: bool = True
+) -> Tensor:
+    """``loss``, if it is a real scalar on ``device`` (None: anywhere) that requires grad."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"{where} must be a scalar loss or None, got {_describe(loss)}")
+    if loss.dim() > 1 or loss.numel() != 1:
+        raise ValueError(
+            f"{where} must be a scalar of shape () or (1,), got shape {tuple(loss.shape)}; "
+            "reduce it, e.g. with .mean()"
+        )
+    if loss.is_complex():
+        raise ValueError(f"{where} must be real, got {loss.dtype}")
+    if needs_grad and not loss.requires_grad:
+        raise ValueError(
+            f"{where} requires no grad: it was computed from detached tensors, under no_grad, or "
+            "with every parameter frozen"
+        )
+    if device is not None and loss.device != device:
+        raise ValueError(
+            f"{where} is on {loss.device}, the losses before it on {device}; move them to one "
+            "device"
+        )
+    return loss
+
+
+def join_losses(losses: Sequence[Tensor]) -> Tensor:
+    """(m,): losses of shape () or (1,) in their widest dtype."""
+    dtype = losses[0].dtype
+    for loss in losses[1:]:
+        dtype = torch.promote_types(dtype, loss.dtype)
+    return torch.stack([loss.reshape(()).to(dtype) for loss in losses])
+
+
+@contextlib.contextmanager
+def noted(note: str) -> Iterator[None]:
+    """An exception of the user's or of torch's passes through, saying where it came from."""
+    try:
+        yield
+    except Exception as error:
+        if hasattr(error, "add_note"):  # Python 3.11
+            error.add_note(f"gradsplit: {note}")
+        raise
+
+
+def _name(key: Any) -> str:
+    if isinstance(key, str):
+        return key
+    if isinstance(key, tuple) and key and all(isinstance(part, str) for part in key):
+        return "+".join(key)
+    raise TypeError(
+        f"losses has the key {key!r}; keys are names, or non-empty tuples of modality names"
+    )
+
+
+def _refuse_double_names(names: Sequence[str]) -> None:
+    seen: dict[frozenset[str], str] = {}
+    for name in names:
+        parts = name.split("+")
+        combination = frozenset(parts)  # the order in a combination means nothing
+        if len(combination) < len(parts):
+            raise ValueError(f"losses: the combination {name!r} names a modality twice")
+        if combination in seen:
+            raise ValueError(
+                f"losses has two entries for one combination, {seen[combination]!r} and {name!r}; "
+                "give each combination once"
+            )
+        seen[combination] = name
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return f"{type(value).__name__} {value!r}"[:80]
