@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 from gradsplit import ModalityDecoupledOptimizer, modality_combinations
@@ -113,6 +114,18 @@ def assert_truthful(model: SentimentTransformer, scores: tuple[Tensor, ...]) -> 
 def test_the_graph_tells_which_parameters_a_combination_uses() -> None:
     model = small_model()
     assert_truthful(model, model(some_inputs(), combinations=COMBINATIONS))
+
+
+@pytest.mark.parametrize("unused", [False, True])
+def test_combinations_stay_apart_in_ddp(unused: bool) -> None:
+    """It takes a tuple of outputs apart and puts it together again."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = small_model()
+        parallel = DistributedDataParallel(model, find_unused_parameters=unused)
+        assert_truthful(model, parallel(some_inputs(), combinations=COMBINATIONS))
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_shared_parameters_are_those_that_every_loss_reaches() -> None:
