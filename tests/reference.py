@@ -87,7 +87,7 @@ def decouple_window(
         whole = merge(torch.stack([torch.cat(parts) for parts in jacobian]))
         pieces = whole.split([_reals(one).numel() for one in like])
         for p, piece, one in zip(inside, pieces, like, strict=True):
-            piece = piece.view_as(_reals(one))
+            piece = piece.view_as(_reals(one)).clone()
             merged[p] = torch.view_as_complex(piece) if one.is_complex() else piece
     for p, total in enumerate(merged):
         divide = reduction == "mean" or (reduction == "released" and p in shared)
@@ -130,7 +130,9 @@ def _reals(tensor: Tensor) -> Tensor:
 
 def norms(rows: Sequence[Row]) -> list[float]:
     """The length of every row."""
-    return [math.hypot(*(float(_reaching([g])[0].norm()) for g in r if g is not None)) for r in rows]
+    return [
+        math.hypot(*(float(_reaching([g])[0].norm()) for g in r if g is not None)) for r in rows
+    ]
 
 
 def linear_losses(params: Sequence[Tensor], rows: Sequence[Row]) -> list[Tensor]:
