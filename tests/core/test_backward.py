@@ -296,6 +296,22 @@ def test_losses_closures_and_none_in_any_mixture(kinds: str) -> None:
     assert len(report.names) + len(report.unavailable) == 3 and len(report.names) == len(rows)
 
 
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("closures", [False, True])
+def test_losses_that_share_nothing(scope: str, closures: bool) -> None:
+    rows: list[Row] = [[vector(1, 2), None], [None, vector(3)]]
+    params = parameters_like(rows)
+    losses = [
+        (lambda row=row: linear_losses(params, [row])[0])
+        if closures
+        else linear_losses(params, [row])[0]
+        for row in rows
+    ]
+    report = optimizer_of(params, scope=scope).backward(losses)
+    assert_rows_equal([p.grad for p in params], decouple(rows, scope=scope), rows)
+    assert report.weights.tolist() == [1.0, 1.0]
+
+
 def test_a_step_is_zero_grad_backward_and_step_of_the_base() -> None:
     ours, plain = towers(), towers()
     for p in ours.parameters():
