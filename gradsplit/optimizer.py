@@ -537,7 +537,7 @@ class ModalityDecoupledOptimizer(Optimizer):
                 "two steps and nothing has been decoupled: give this optimizer the losses one by "
                 "one, opt.backward(losses), or opt.joint(losses) where a framework calls backward; "
                 "loss.backward() is plain training",
-                stacklevel=4,
+                stacklevel=6,  # of whoever calls step, through what torch has wrapped around it
             )
 
     # -- the contract of torch.optim -----------------------------------------------------------
