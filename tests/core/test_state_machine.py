@@ -1,0 +1,326 @@
+"""Everything in any order: a rewritten history of calls, against plain torch on the oracle.
+
+The model is a window of micro-batches and a plain ``torch.optim.SGD``, which is given what
+``tests.reference`` says a merge adds to ``.grad``.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+import pickle
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from torch import Tensor, nn
+
+from gradsplit import Decoupling, ModalityDecoupledOptimizer
+from tests.core.cases import REDUCTIONS
+from tests.reference import MicroBatch, Row, decouple_window, gmd_loop, linear_losses, mean_rows
+
+SIZES = (2, 1, 3, 2, 1, 2)
+MEMBERS, OUTSIDE = 3, 3  # parameters of the optimizer at the start; the leaf that never is one
+NAMES = "abcd"
+VALUES = [-2.0, -1.0, 0.0, 0.5, 1.0, 3.0]
+MERGES = {"gmd": gmd_loop, "sum": lambda jacobian: jacobian.sum(0)}
+
+
+class Failed(Exception):
+    """What a failing closure raises."""
+
+
+def failing() -> Tensor:
+    raise Failed
+
+
+class Training(RuleBasedStateMachine):
+    """One optimizer, its parameters, one leaf outside, and what should have become of them."""
+
+    @initialize(
+        scope=st.sampled_from(["shared", "all", [0], [1, 2]]),
+        reduction=st.sampled_from(REDUCTIONS),
+        method=st.sampled_from(sorted(MERGES)),
+    )
+    def start(self, scope: str | list[int], reduction: str, method: str) -> None:
+        self.scope, self.reduction, self.method = scope, reduction, method
+        self.leaves, self.plain = (
+            [nn.Parameter(torch.ones(size, dtype=torch.float64)) for size in SIZES] for _ in "12"
+        )
+        self.groups: list[list[int]] = [list(range(MEMBERS))]
+        self.opt = ModalityDecoupledOptimizer(self.base_of(self.leaves), **self.options())
+        self.expected = self.base_of(self.plain)
+        self.forget()
+
+    def base_of(self, leaves: list[nn.Parameter]) -> torch.optim.Optimizer:
+        groups = [{"params": [leaves[p] for p in group]} for group in self.groups]
+        return torch.optim.SGD(groups, lr=0.125, momentum=0.5)
+
+    def members(self) -> list[int]:
+        return [p for group in self.groups for p in group]
+
+    def options(self) -> dict[str, Any]:
+        scope: Any = self.scope
+        if not isinstance(scope, str):
+            scope = [self.leaves[p] for p in scope]
+        return {"scope": scope, "reduction": self.reduction, "rule": self.method}
+
+    def forget(self) -> None:
+        """Nothing is pending."""
+        self.window: list[MicroBatch] = []
+        self.values: dict[str, list[float]] = {}
+
+    # -- losses --------------------------------------------------------------------------------
+
+    def draw_row(self, data: st.DataObject) -> Row | None:
+        """Gradients of one loss, which reaches some trainable parameter of the optimizer."""
+        inside = [p for p in self.members() if self.leaves[p].requires_grad]
+        if not inside:
+            return None
+        surely = data.draw(st.sampled_from(inside))
+        row: Row = [None] * len(SIZES)
+        for p in [*inside, OUTSIDE]:
+            if p == surely or data.draw(st.integers(0, 3)):
+                values = st.lists(st.sampled_from(VALUES), min_size=SIZES[p], max_size=SIZES[p])
+                row[p] = torch.tensor(data.draw(values), dtype=torch.float64)
+        return row
+
+    def draw_batch(self, data: st.DataObject) -> dict[str, Row | None]:
+        names = data.draw(st.lists(st.sampled_from(NAMES), min_size=1, max_size=3, unique=True))
+        unavailable = [data.draw(st.integers(0, 4)) == 0 for _ in names]
+        pairs = zip(names, unavailable, strict=True)
+        return {name: None if gone else self.draw_row(data) for name, gone in pairs}
+
+    def values_of(self, batch: MicroBatch) -> dict[str, float]:
+        """Of the losses that are available."""
+        return {
+            name: sum(
+                float((p.detach() * g).sum())
+                for p, g in zip(self.leaves, row, strict=True)
+                if g is not None
+            )
+            for name, row in batch.items()
+            if row is not None
+        }
+
+    def tensors_of(self, batch: MicroBatch) -> dict[str, Tensor | None]:
+        return {
+            name: None if row is None else linear_losses(self.leaves, [row])[0]
+            for name, row in batch.items()
+        }
+
+    def entries_of(self, batch: MicroBatch, data: st.DataObject) -> dict[str, Any]:
+        """Tensors or closures."""
+        if data.draw(st.booleans()):
+            return self.tensors_of(batch)
+        return {
+            name: functools.partial(lambda n, row: self.tensors_of({n: row})[n], name, row)
+            for name, row in batch.items()
+        }
+
+    # -- what merges and what accumulates ------------------------------------------------------
+
+    def take(self, batch: MicroBatch, values: dict[str, float]) -> None:
+        self.window.append(batch)
+        for name, value in values.items():
+            self.values.setdefault(name, []).append(value)
+
+    def merge(self, batch: MicroBatch, values: dict[str, float]) -> None:
+        """The window and this batch go into the plain ``.grad``, and the report says so."""
+        self.take(batch, values)
+        rows = [row for seen in self.window for row in seen.values() if row is not None]
+        scope = self.members()
+        if self.scope == "shared":
+            scope = [p for p in scope if all(row[p] is not None for row in rows)]
+        elif self.scope != "all":
+            scope = list(self.scope)
+        merged = decouple_window(self.window, MERGES[self.method], scope, self.reduction)
+        for leaf, plain, gradient in zip(self.leaves, self.plain, merged, strict=True):
+            if gradient is not None and leaf.requires_grad:
+                plain.grad = gradient if plain.grad is None else plain.grad + gradient
+        self.check_report(self.opt.last)
+        self.forget()
+
+    def check_report(self, report: Decoupling) -> None:
+        names = list(mean_rows(self.window))
+        assert list(report.names) == names
+        absent = {name for batch in self.window for name in batch} - set(names)
+        assert set(report.unavailable) == absent
+        means = [sum(self.values[name]) / len(self.values[name]) for name in names]
+        assert report.losses.tolist() == pytest.approx(means, rel=1e-9, abs=1e-9)
+
+    def nothing_to_take(self, batch: MicroBatch) -> bool:
+        return not self.window and all(row is None for row in batch.values())
+
+    @rule(data=st.data(), call=st.sampled_from(["accumulate", "backward", "step"]))
+    def losses(self, data: st.DataObject, call: str) -> None:
+        batch = self.draw_batch(data)
+        entries, values = self.entries_of(batch, data), self.values_of(batch)
+        run = getattr(self.opt, call)
+        if call == "step" and self.window:
+            with pytest.raises(RuntimeError, match="pending"):
+                run(entries)
+        elif self.nothing_to_take(batch):
+            with pytest.raises(ValueError, match="unavailable"):
+                run(entries)
+        elif call == "accumulate":
+            run(entries)
+            self.take(batch, values)
+        elif call == "backward":
+            assert run(entries) is self.opt.last
+            self.merge(batch, values)
+        else:
+            losses = run(entries)
+            assert list(losses) == list(batch)
+            there = {name: float(loss) for name, loss in losses.items() if loss is not None}
+            assert there == pytest.approx(values, rel=1e-9, abs=1e-9)
+            self.expected.zero_grad()
+            self.merge(batch, values)
+            self.expected.step()
+
+    @rule(data=st.data(), factor=st.sampled_from([0.25, 1.0, 64.0]))
+    def joint(self, data: st.DataObject, factor: float) -> None:
+        batch = self.draw_batch(data)
+        values = self.values_of(batch)
+        if not values:
+            return
+        loss = self.opt.joint(self.tensors_of(batch))
+        total = sum(values.values()) / (1 if self.reduction == "sum" else len(values))
+        assert float(loss.detach()) == pytest.approx(total, rel=1e-9, abs=1e-9)
+        (loss * factor).backward()
+        scaled = {
+            name: row if row is None else [g if g is None else g * factor for g in row]
+            for name, row in batch.items()
+        }
+        self.merge(scaled, {name: value * factor for name, value in values.items()})
+
+    @rule()
+    def step(self) -> None:
+        if self.window:
+            with pytest.raises(RuntimeError, match="pending"):
+                self.opt.step()
+        else:
+            self.opt.step()
+            self.expected.step()
+
+    @rule(set_to_none=st.booleans())
+    def zero_grad(self, set_to_none: bool) -> None:
+        self.opt.zero_grad(set_to_none)
+        self.expected.zero_grad(set_to_none)
+        self.forget()
+
+    # -- what goes wrong -----------------------------------------------------------------------
+
+    @rule(data=st.data(), call=st.sampled_from(["accumulate", "backward", "step"]))
+    def a_closure_fails(self, data: st.DataObject, call: str) -> None:
+        """Before the first backward of the call pending rows stay, later they are dropped."""
+        batch = self.draw_batch(data)
+        entries = {**self.entries_of(batch, data), "failing": failing}
+        if self.window and call == "step":
+            with pytest.raises(RuntimeError, match="pending"):
+                self.opt.step(entries)
+            return
+        with pytest.raises(Failed) as raised:
+            getattr(self.opt, call)(entries)
+        drops = bool(self.window) and any(row is not None for row in batch.values())
+        if sys.version_info >= (3, 11):
+            assert any("dropped" in note for note in raised.value.__notes__) == drops
+        if drops:
+            self.forget()
+
+    @rule(data=st.data(), call=st.sampled_from(["accumulate", "backward", "joint"]))
+    def a_loss_is_refused(self, data: st.DataObject, call: str) -> None:
+        """Found before any backward: nothing happens."""
+        row = self.draw_row(data)
+        if row is None:
+            return
+        good, bad = linear_losses(self.leaves, [row])[0], torch.ones(2, requires_grad=True)
+        with pytest.raises(ValueError, match="scalar"):
+            getattr(self.opt, call)({"a": good, "b": bad})
+
+    @precondition(lambda self: self.window)
+    @rule(data=st.data(), call=st.sampled_from(["accumulate", "backward"]))
+    def a_sequence_comes_after_a_mapping(self, data: st.DataObject, call: str) -> None:
+        row = self.draw_row(data)
+        if row is None:
+            return
+        with pytest.raises(ValueError, match="a sequence"):
+            getattr(self.opt, call)(linear_losses(self.leaves, [row]))
+
+    # -- parameters come and go ----------------------------------------------------------------
+
+    @rule(place=st.integers(0, 2))
+    def freeze(self, place: int) -> None:
+        self.leaves[place].requires_grad_(False)
+
+    @rule(place=st.integers(0, 2))
+    def unfreeze(self, place: int) -> None:
+        self.leaves[place].requires_grad_(True)
+
+    @precondition(lambda self: len(self.groups) < 3)
+    @rule()
+    def add_param_group(self) -> None:
+        """Of a parameter that no loss has reached before."""
+        new = OUTSIDE + len(self.groups)
+        self.groups.append([new])
+        self.opt.add_param_group({"params": [self.leaves[new]], "lr": 0.25})
+        self.expected.add_param_group({"params": [self.plain[new]], "lr": 0.25})
+
+    # -- copies and checkpoints ----------------------------------------------------------------
+
+    @rule(copied=st.sampled_from([copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))]))
+    def go_on_with_a_copy(self, copied: Callable[[Any], Any]) -> None:
+        """It has everything but the pending rows (and ``.grad``, which torch does not copy)."""
+        kept = [None if p.grad is None else p.grad.clone() for p in self.leaves]
+        if self.window:
+            with pytest.warns(UserWarning, match="pending rows"):
+                self.opt, self.leaves = copied((self.opt, self.leaves))
+        else:
+            self.opt, self.leaves = copied((self.opt, self.leaves))
+        for p, gradient in zip(self.leaves, kept, strict=True):
+            p.grad = gradient
+        self.forget()
+
+    @rule(fresh=st.booleans())
+    def resume_from_a_checkpoint(self, fresh: bool) -> None:
+        """Into this optimizer or a new one; pending rows are not part of it, and loading drops."""
+        if self.window:
+            with pytest.warns(UserWarning, match="pending rows"):
+                state = self.opt.state_dict()
+        else:
+            state = self.opt.state_dict()
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        buffer.seek(0)
+        if fresh:
+            self.opt = ModalityDecoupledOptimizer(self.base_of(self.leaves), **self.options())
+        self.opt.load_state_dict(torch.load(buffer))
+        self.forget()
+
+    # -- what holds at all times ---------------------------------------------------------------
+
+    @invariant()
+    def parameters_and_grads_are_those_of_plain_torch(self) -> None:
+        for place, (ours, plain) in enumerate(zip(self.leaves, self.plain, strict=True)):
+            torch.testing.assert_close(ours.detach(), plain.detach(), rtol=1e-9, atol=1e-9)
+            assert (ours.grad is None) == (plain.grad is None), f"leaf {place}: {ours.grad}"
+            if ours.grad is not None:
+                torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:two steps and nothing")
+def test_any_history_is_that_of_plain_torch_on_the_oracle() -> None:
+    run_state_machine_as_test(Training, settings=settings(stateful_step_count=30, phases=[Phase.generate], report_multiple_bugs=False))
