@@ -1,4 +1,4 @@
-"""Everything in any order: a rewritten history of calls, against plain torch on the oracle.
+"""Any calls in any order, against plain torch that is given the oracle's gradients.
 
 The model is a window of micro-batches and a plain ``torch.optim.SGD``, which is given what
 ``tests.reference`` says a merge adds to ``.grad``.
@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import Phase, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -323,4 +323,6 @@ class Training(RuleBasedStateMachine):
 
 @pytest.mark.filterwarnings("ignore:two steps and nothing")
 def test_any_history_is_that_of_plain_torch_on_the_oracle() -> None:
-    run_state_machine_as_test(Training, settings=settings(stateful_step_count=30, phases=[Phase.generate], report_multiple_bugs=False))
+    run_state_machine_as_test(
+        Training, settings=settings(stateful_step_count=30, report_multiple_bugs=False)
+    )
