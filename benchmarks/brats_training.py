@@ -318,8 +318,8 @@ def case_logits(model: DynamicSharingUNet3d, sample: Sample, config: Config) -> 
     def branches(windows: Tensor) -> Tensor:  # (b, A, c, c, c) -> (b, A * R, c, c, c)
         parts = dict(zip(names, windows.split(1, dim=1), strict=True))
         with autocast(config):
-            logits: Tensor = model(parts, combinations=[(name,) for name in names])
-        return logits.float().transpose(0, 1).flatten(1, 2)
+            logits = model(parts, combinations=[(name,) for name in names])
+        return torch.cat(logits, dim=1).float()
 
     stitched = sliding_window_inference(
         inside,
@@ -486,7 +486,7 @@ class Training:
         with autocast(self.config):
             logits, _ = self.model(
                 volume, None if available.all() else available, possible, return_valid=True
-            )  # (C, B, R, D, H, W)
+            )  # C of (B, R, D, H, W)
         losses: dict[str | Combination, Tensor | None] = dict.fromkeys(combinations)
         for one, combination in zip(logits, possible, strict=True):
             target = label

@@ -108,7 +108,7 @@ def predict(model: SentimentTransformer, split: Split) -> Array:
     scores = []
     for index in torch.split(torch.arange(len(split)), EVALUATION_BATCH):
         inputs, _ = split.batch(index)
-        scores.append(model(inputs, combinations=COMBINATIONS))  # (7, B)
+        scores.append(torch.stack(model(inputs, combinations=COMBINATIONS)))  # (7, B)
     joined = torch.cat(scores, dim=1).double()
     if not joined.isfinite().all():
         raise Diverged("a score is not a finite number")
@@ -185,11 +185,11 @@ class Training:
 
     def _step(self, inputs: dict[str, tuple[Tensor, Tensor]], labels: Tensor) -> float:
         combinations = self.sampler()
-        scores = self.model(inputs, combinations=combinations)  # (C, B)
+        scores = self.model(inputs, combinations=combinations)  # C of (B,)
         loss = LOSSES[self.config.loss]
         losses: dict[str | Combination, Tensor] = {
-            combination: loss(scores[number], labels)
-            for number, combination in enumerate(combinations)
+            combination: loss(score, labels)
+            for combination, score in zip(combinations, scores, strict=True)
         }
         self.optimizer.zero_grad()
         report = self.optimizer.backward(losses)

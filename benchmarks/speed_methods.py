@@ -183,7 +183,7 @@ class UNetTask(Task):
     def together(self, chosen: Sequence[int]) -> Losses:
         combinations = [self.combinations[index] for index in chosen]
         logits = self.model(self.volume, combinations=combinations)
-        return [self._loss(logits[number]) for number in range(len(combinations))]
+        return [self._loss(one) for one in logits]
 
     def apart(self, chosen: Sequence[int]) -> Losses:
         names = [self.combinations[index] for index in chosen]
@@ -196,7 +196,7 @@ class UNetTask(Task):
         logits = self.model._branch([name for name in modalities for _ in range(batch)], stacked)
         features = dict(zip(modalities, logits.split(batch), strict=True))
         fused = fuse_available(features, combinations=self.combinations)
-        return [self._loss(fused[number]) for number in range(self.losses)]
+        return [self._loss(one) for one in fused]
 
     def _loss(self, logits: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(logits, self.target)
@@ -222,7 +222,7 @@ class SentimentTask(Task):
     def together(self, chosen: Sequence[int]) -> Losses:
         combinations = [self.combinations[index] for index in chosen]
         scores = self.model(self.inputs, combinations=combinations)
-        return [F.l1_loss(scores[number], self.target) for number in range(len(combinations))]
+        return [F.l1_loss(one, self.target) for one in scores]
 
     def apart(self, chosen: Sequence[int]) -> Losses:
         found = []

@@ -8,16 +8,14 @@ branches and masking would hand zero gradients to private encoders; then every l
 everything, no parameter is private, and every backward runs through all branches.)
 """
 
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["ModalityNorm", "fuse_available", "stack_combinations"]
+__all__ = ["ModalityNorm", "fuse_available"]
 
 
 class ModalityNorm(nn.Module):
@@ -111,211 +109,121 @@ class ModalityNorm(nn.Module):
 
 
 Features = Mapping[str, Tensor | None] | Sequence[Tensor] | Tensor
-Combinations = Tensor | Sequence[Iterable[str]]
+Combinations = Sequence[Iterable[str]]
 
 
 @overload
 def fuse_available(
-    features: Features,
-    available: Tensor | None = None,
-    combinations: Combinations | None = None,
-    *,
-    return_valid: Literal[False] = False,
+    features: Features, available: Tensor | None = None, combinations: None = None
 ) -> Tensor: ...
 @overload
 def fuse_available(
+    features: Features, available: Tensor | None = None, combinations: Combinations = ...
+) -> tuple[Tensor, ...]: ...
+@overload
+def fuse_available(
     features: Features,
     available: Tensor | None = None,
-    combinations: Combinations | None = None,
+    combinations: None = None,
     *,
     return_valid: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
+@overload
+def fuse_available(
+    features: Features,
+    available: Tensor | None = None,
+    combinations: Combinations = ...,
+    *,
+    return_valid: Literal[True],
+) -> tuple[tuple[Tensor, ...], Tensor]: ...
 def fuse_available(
     features: Features,
     available: Tensor | None = None,
     combinations: Combinations | None = None,
     *,
     return_valid: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor | tuple[Tensor, ...], ...]:
     """Mean over the available modalities: for one combination, or for many from one pass.
 
     What lies in an unavailable (sample, modality) pair, NaN included, has no influence.
 
     Args:
-        features: a mapping modality -> (B, ...) or None where unavailable, a sequence of M such
-            tensors, or (M, B, ...). In training prefer a mapping or a sequence: the parts of one
-            (M, B, ...) tensor share its graph.
-        available: bool, True = available. (B, M): which modalities each sample has, in the order
-            of ``features`` (for a mapping: of its keys). None: everything is available. As a
-            shorthand, a mask (C, M) whose C is not B is understood as ``combinations``; where C
-            may happen to equal B, as in the last batch of an epoch, say ``combinations=``.
-        combinations: (C, M) bool, or for a mapping C tuples of names. Sample b of combination c is
-            the mean over the modalities of c that b has.
+        features: modality -> (B, ...), or None where unavailable. A sequence of M such tensors
+            or (M, B, ...) stands for modalities "0", "1", ...; in training prefer tensors of their
+            own, as the parts of one tensor share its graph.
+        available: (B, M) bool, True = available: which modalities each sample has, in the order
+            of ``features``. None: everything is available.
+        combinations: C tuples of names. Sample b of output c is the mean over the modalities of
+            combination c that b has.
         return_valid: return the pair (fused, valid) instead of raising where a sample has nothing
-            available for a combination. ``valid`` is bool, (B,) or (C, B); fused is zero there:
-            leave these pairs out of the loss.
+            available for a combination. ``valid`` is bool, (B,) or (C, B); fused is zero where it
+            is False: leave these pairs out of the loss.
 
     Returns:
-        (B, ...), or with combinations (C, B, ...), stacked by :func:`stack_combinations`: the
-        graph of ``fused[c]`` holds the modalities of combination c alone.
+        (B, ...); with combinations a tuple of C such tensors, each with the graph of its own
+        modalities alone. A loss on a part of their ``torch.stack`` would send zero gradients to
+        all the others. So does ``torch.compile`` of a whole model that returns them: call such a
+        model once per combination.
 
     Raises:
-        TypeError: a mask that is not bool.
+        TypeError: ``available`` is not a bool tensor.
         ValueError: shapes that do not fit, an unknown name, an empty combination, or a sample with
             nothing available.
 
-    >>> features = {"text": torch.ones(2, 3), "audio": torch.zeros(2, 3)}
-    >>> fuse_available(features, torch.tensor([[True, True], [True, False]]))
-    tensor([[0.5000, 0.5000, 0.5000],
-            [1.0000, 1.0000, 1.0000]])
-    >>> fuse_available(features, combinations=[("text", "audio"), ("audio",)]).shape
-    torch.Size([2, 2, 3])
+    >>> features = {"text": torch.ones(1, 3), "audio": torch.zeros(1, 3)}
+    >>> fuse_available(features, combinations=[("text", "audio"), ("audio",)])
+    (tensor([[0.5000, 0.5000, 0.5000]]), tensor([[0., 0., 0.]]))
     """
-    names, branches = _branches(features)
-    pairs = zip(names, branches, strict=True)
-    present = {name: branch for name, branch in pairs if branch is not None}
-    if not present:
-        raise ValueError("features: no modality is available")
-    example = next(iter(present.values()))
-    batch = example.shape[0]
-    for name, branch in present.items():
-        if branch.shape != example.shape:
+    if not isinstance(features, Mapping):
+        features = {str(index): branch for index, branch in enumerate(features)}
+    branches = _branches(features)
+    has = _has(features, available, len(next(iter(branches.values()))))
+    chosen = [tuple(features)] if combinations is None else _chosen(combinations, list(features))
+    outputs, counts = zip(*(_mean(branches, has, names) for names in chosen), strict=True)
+    fused = outputs[0] if combinations is None else outputs
+    if return_valid:
+        valid = torch.tensor(counts, device=outputs[0].device) > 0  # (C, B)
+        return fused, valid[0] if combinations is None else valid
+    for names, row in zip(chosen, counts, strict=True):
+        if 0 in row:
             raise ValueError(
-                f"features must have one shape (B, ...), got {tuple(example.shape)} for "
-                f"{next(iter(present))!r} and {tuple(branch.shape)} for {name!r}"
-            )
-    if available is not None:
-        _check_mask("available", available, len(names))
-        if available.shape[0] != batch and combinations is None:
-            available, combinations = None, available
-        elif available.shape[0] != batch:
-            raise ValueError(
-                f"available must be (B, M) = ({batch}, {len(names)}), got {tuple(available.shape)}"
-            )
-    chosen = _chosen(combinations, names)
-    columns = None if available is None else available.T.tolist()  # one transfer
-    has = {
-        name: [True] * batch if columns is None else columns[names.index(name)] for name in present
-    }
-    fused, valid = [], []
-    for combination in chosen:
-        mean, any_available = _mean(
-            {name: present[name] for name in combination if name in present}, has, example
-        )
-        if not return_valid and not all(any_available):
-            sample = any_available.index(False)
-            raise ValueError(
-                f"sample {sample} has nothing available for combination {combination}; give it a "
+                f"sample {row.index(0)} has nothing available for combination {names}; give it a "
                 "modality, leave it out, or ask for return_valid=True"
             )
-        fused.append(mean)
-        valid.append(any_available)
-    mask = torch.tensor(valid, dtype=torch.bool, device=example.device)
-    if combinations is None:
-        return (fused[0], mask[0]) if return_valid else fused[0]
-    stacked = stack_combinations(fused)
-    return (stacked, mask) if return_valid else stacked
+    return fused
 
 
-def stack_combinations(outputs: Sequence[Tensor]) -> Tensor:
-    """C outputs (B, ...) of one combination each -> (C, B, ...), with truthful graphs.
-
-    ``stacked[c]``, ``stacked[c, ...]``, iteration and ``unbind`` give back the outputs themselves,
-    so that a loss on ``stacked[c]`` reaches only what combination c uses. (Indexing a plain
-    ``torch.stack`` sends zero gradients to all the others.) Changes of dtype or device keep that.
-    Everything else sees an ordinary tensor, and gives one, whose graph is that of all combinations:
-    compute the losses one combination at a time. Hooks on the stack do not see such losses.
-
-    ``torch.compile`` of the whole model and ``DDP(find_unused_parameters=True)`` make one graph of
-    all outputs, whatever is returned: there, call the model once per combination.
-
-    Args:
-        outputs: C tensors of one shape.
-
-    Raises:
-        RuntimeError: there are none, or their shapes differ.
-
-    >>> a, b = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
-    >>> stack_combinations([a, b])[1].sum().backward()
-    >>> a.grad is None, b.grad
-    (True, tensor([1., 1.]))
-    """
-    stacked = torch.stack(list(outputs))
-    if not stacked.requires_grad:
-        return stacked
-    parted = stacked.as_subclass(_CombinationStack)
-    parted.parts = tuple(outputs)
-    return parted
+def _branches(features: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    """Those that are there: one at least, all of one shape."""
+    branches = {name: branch for name, branch in features.items() if branch is not None}
+    if not branches:
+        raise ValueError("features: no modality is available")
+    shapes = {name: tuple(branch.shape) for name, branch in branches.items()}
+    if len(set(shapes.values())) > 1:
+        raise ValueError(f"features must have one shape (B, ...), got {shapes}")
+    return branches
 
 
-class _CombinationStack(Tensor):
-    parts: tuple[Tensor, ...]
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():  # results are plain, as for nn.Parameter
-            # After an in-place change the stack says something else than its parts.
-            if args and isinstance(args[0], cls) and args[0]._version == 0:
-                stack, *rest = args
-                if func in _CONVERSIONS:
-                    return stack_combinations([func(part, *rest, **kwargs) for part in stack.parts])
-                dim = rest[0] if rest else kwargs.get("dim", 0)
-                if func in (Tensor.unbind, torch.unbind) and dim == 0:
-                    return stack.parts
-                if func is Tensor.__iter__:
-                    return iter(stack.parts)
-                if func is Tensor.__getitem__:
-                    first, *within = rest[0] if isinstance(rest[0], tuple) else (rest[0],)
-                    if isinstance(first, int | np.integer) and not isinstance(first, bool):
-                        part = stack.parts[first]
-                        return part[tuple(within)] if within else part
-            return func(*args, **kwargs)
-
-    def __repr__(self) -> str:  # type: ignore[override]
-        return repr(self.as_subclass(Tensor))
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.as_subclass(Tensor).__reduce_ex__(protocol)
-
-
-_CONVERSIONS = {
-    Tensor.to,
-    Tensor.float,
-    Tensor.double,
-    Tensor.half,
-    Tensor.bfloat16,
-    Tensor.cpu,
-    Tensor.cuda,
-}
-
-
-def _branches(features: Features) -> tuple[list[str], list[Tensor | None]]:
-    if isinstance(features, Mapping):
-        return list(features), list(features.values())
-    branches: list[Tensor | None] = list(features)
-    return [str(index) for index in range(len(branches))], branches
-
-
-def _check_mask(argument: str, mask: Tensor, modalities: int) -> None:
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"{argument} must be a bool tensor (True = available), got {got}")
-    if mask.dim() != 2 or mask.shape[1] != modalities:
+def _has(
+    features: Mapping[str, Tensor | None], available: Tensor | None, batch: int
+) -> dict[str, list[bool]]:
+    """Which of the B samples have each modality."""
+    if available is None:
+        return {name: [branch is not None] * batch for name, branch in features.items()}
+    kind = getattr(available, "dtype", type(available))
+    if kind is not torch.bool:
+        raise TypeError(f"available must be a bool tensor (True = available), got {kind}")
+    if available.shape != (batch, len(features)):
         raise ValueError(
-            f"{argument} must have one column for each of the {modalities} modalities, got shape "
-            f"{tuple(mask.shape)}"
+            f"available must be (B, M) = ({batch}, {len(features)}), got {tuple(available.shape)}; "
+            "what to fuse for all samples goes into combinations="
         )
+    columns = zip(features.items(), available.T.tolist(), strict=True)  # one transfer
+    return {name: [branch is not None and it for it in has] for (name, branch), has in columns}
 
 
-def _chosen(combinations: Combinations | None, names: list[str]) -> list[tuple[str, ...]]:
-    if combinations is None:
-        return [tuple(names)]
-    if isinstance(combinations, Tensor):
-        _check_mask("combinations", combinations, len(names))
-        chosen = [tuple(itertools.compress(names, mask)) for mask in combinations.tolist()]
-    else:
-        chosen = [tuple(combination) for combination in combinations]
+def _chosen(combinations: Combinations, names: list[str]) -> list[tuple[str, ...]]:
+    chosen = [tuple(combination) for combination in combinations]
     if not chosen or not all(chosen):
         raise ValueError("combinations must be non-empty, and so must each of them")
     for combination in chosen:
@@ -328,23 +236,25 @@ def _chosen(combinations: Combinations | None, names: list[str]) -> list[tuple[s
 
 
 def _mean(
-    members: Mapping[str, Tensor], has: Mapping[str, list[bool]], example: Tensor
-) -> tuple[Tensor, list[bool]]:
-    """The mean of one combination's members over those that each sample has."""
-    batch = example.shape[0]
-    counts = [sum(has[name][sample] for name in members) for sample in range(batch)]
-    valid = [count > 0 for count in counts]
-    total: Tensor | None = None
-    for name, branch in members.items():
-        if not any(has[name]):
-            continue  # nothing of it is used: keep it out of the graph
-        if not all(has[name]):
-            mask = torch.tensor(has[name], device=branch.device)
-            branch = torch.where(mask.view(-1, *[1] * (branch.dim() - 1)), branch, 0.0)
-        total = branch if total is None else total + branch
-    if total is None:
-        return torch.zeros_like(example), valid
+    branches: Mapping[str, Tensor], has: Mapping[str, list[bool]], combination: tuple[str, ...]
+) -> tuple[Tensor, list[int]]:
+    """The mean over those of the combination that each sample has, and how many these are."""
+    counts = [sum(sample) for sample in zip(*(has[name] for name in combination), strict=True)]
+    terms = []
+    for name in combination:
+        if any(has[name]):  # what nobody has stays out of the graph
+            branch = branches[name]
+            if not all(has[name]):
+                branch = torch.where(_per_sample(has[name], branch), branch, 0.0)
+            terms.append(branch)
+    if not terms:
+        return torch.zeros_like(next(iter(branches.values()))), counts
+    total = sum(terms[1:], terms[0])
     if len(set(counts)) == 1:
-        return total / counts[0], valid
-    divisor = torch.tensor(counts, dtype=total.dtype, device=total.device).clamp(min=1)
-    return total / divisor.view(-1, *[1] * (total.dim() - 1)), valid
+        return total / counts[0], counts
+    return total / _per_sample([max(count, 1) for count in counts], total), counts
+
+
+def _per_sample(values: Sequence[float], like: Tensor) -> Tensor:
+    """B numbers -> (B, 1, ...), to meet ``like`` of shape (B, ...)."""
+    return torch.tensor(values, device=like.device).view(-1, *[1] * (like.dim() - 1))

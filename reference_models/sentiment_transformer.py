@@ -8,13 +8,12 @@ combinations: the mean over the available modalities, and the head.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gradsplit.sharing import ModalityNorm, fuse_available, stack_combinations
+from gradsplit.sharing import ModalityNorm, fuse_available
 
 __all__ = ["SentimentTransformer", "SentimentTransformerConfig"]
 
@@ -52,6 +51,7 @@ class SentimentTransformerConfig:
 
 
 Sequences = Tensor | tuple[Tensor, Tensor]  # (B, T, d), or with lengths (B,)
+Scores = Tensor | tuple[Tensor, ...]  # (B,), or one such tensor per combination
 
 
 class SentimentTransformer(nn.Module):
@@ -65,9 +65,9 @@ class SentimentTransformer(nn.Module):
     >>> model({"text": text, "audio": (audio, torch.tensor([375, 120]))}).shape
     torch.Size([2])
     >>> combinations = [("text", "audio"), ("text",), ("audio",)]
-    >>> scores = model({"text": text, "audio": audio}, combinations=combinations)
-    >>> scores.shape, scores[1].shape
-    (torch.Size([3, 2]), torch.Size([2]))
+    >>> both, *singles = model({"text": text, "audio": audio}, combinations=combinations)
+    >>> both.shape, len(singles)
+    (torch.Size([2]), 2)
     """
 
     def __init__(self, config: SentimentTransformerConfig | None = None) -> None:
@@ -85,30 +85,13 @@ class SentimentTransformer(nn.Module):
             nn.Linear(config.width, config.width), nn.GELU(), nn.Linear(config.width, 1)
         )
 
-    @overload
-    def forward(
-        self,
-        inputs: Mapping[str, Sequences],
-        available: Tensor | None = None,
-        combinations: Sequence[Iterable[str]] | None = None,
-        return_valid: Literal[False] = False,
-    ) -> Tensor: ...
-    @overload
-    def forward(
-        self,
-        inputs: Mapping[str, Sequences],
-        available: Tensor | None = None,
-        combinations: Sequence[Iterable[str]] | None = None,
-        *,
-        return_valid: Literal[True],
-    ) -> tuple[Tensor, Tensor]: ...
     def forward(
         self,
         inputs: Mapping[str, Sequences],
         available: Tensor | None = None,
         combinations: Sequence[Iterable[str]] | None = None,
         return_valid: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Scores | tuple[Scores, Tensor]:
         """Scores, not clipped.
 
         Args:
@@ -122,9 +105,9 @@ class SentimentTransformer(nn.Module):
                 raising where a sample has nothing available.
 
         Returns:
-            (B,); with combinations (C, B), where the graph of ``scores[c]`` is that of combination
-            c alone (see :func:`gradsplit.sharing.stack_combinations` for what keeps it so, and for
-            torch.compile and DDP): compute one loss per ``scores[c]``.
+            (B,); with combinations a tuple of C such tensors, each with the graph of its own
+            combination alone: compute one loss per tensor. For torch.compile see
+            :func:`gradsplit.sharing.fuse_available`.
 
         Raises:
             TypeError: ``available`` is not bool.
@@ -149,16 +132,10 @@ class SentimentTransformer(nn.Module):
                 features[name] = self._encode(name, inputs[name], has, batch)
         if all(feature is None for feature in features.values()):
             return self._nothing(batch, combinations, return_valid)
-        valid: Tensor | None = None
-        if return_valid:
-            fused, valid = fuse_available(features, available, combinations, return_valid=True)
-        else:
-            fused = fuse_available(features, available, combinations)
-        if combinations is None:
-            scores = self.head(fused).squeeze(-1)  # (B,)
-        else:
-            scores = stack_combinations([self.head(one).squeeze(-1) for one in fused])  # (C, B)
-        return scores if valid is None else (scores, valid)
+        if not return_valid:
+            return self._scores(fuse_available(features, available, combinations))
+        fused, valid = fuse_available(features, available, combinations, return_valid=True)
+        return self._scores(fused), valid
 
     def shared_parameters(self) -> list[nn.Parameter]:
         """What every modality uses, and so every loss reaches: backbone and head."""
@@ -168,18 +145,27 @@ class SentimentTransformer(nn.Module):
                 private.update(id(parameter) for parameter in module.parameters())
         return [parameter for parameter in self.parameters() if id(parameter) not in private]
 
+    def _scores(self, fused: Tensor | tuple[Tensor, ...]) -> Scores:
+        """(B, D) -> (B,)."""
+        if isinstance(fused, tuple):
+            return tuple(self.head(one).squeeze(-1) for one in fused)
+        scores: Tensor = self.head(fused).squeeze(-1)
+        return scores
+
     def _nothing(
         self, batch: int, combinations: Sequence[Iterable[str]] | None, return_valid: bool
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Scores, Tensor]:
         """What forward gives when no sample has any of the modalities asked for."""
         if not return_valid:
             raise ValueError(
                 f"inputs: no sample has anything available for {combinations or self.modalities}; "
                 "skip this batch, or ask for return_valid=True"
             )
-        shape = (batch,) if combinations is None else (len(combinations), batch)
-        scores = self.norm.weight[self.modalities[0]].new_zeros(shape)
-        return scores, torch.zeros(shape, dtype=torch.bool, device=scores.device)
+        zeros = self.norm.weight[self.modalities[0]].new_zeros(batch)
+        if combinations is None:
+            return zeros, zeros.bool()
+        scores = (zeros,) * len(combinations)
+        return scores, torch.stack(scores).bool()
 
     def _check(self, inputs: Mapping[str, Sequences], available: Tensor | None) -> int:
         """The batch size."""

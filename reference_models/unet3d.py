@@ -12,7 +12,6 @@ features of absent modalities and computes them all the same.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from gradsplit.sharing import ModalityNorm, fuse_available
 __all__ = ["DynamicSharingUNet3d", "UNet3dConfig"]
 
 LEVELS = (1, 2, 4, 8, 8)  # channels of the encoder outputs, in widths
+Logits = Tensor | tuple[Tensor, ...]  # (B, R, D, H, W), or one such tensor per combination
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ class DynamicSharingUNet3d(nn.Module):
     >>> volume = torch.randn(1, 4, 20, 16, 18)
     >>> model(volume).shape
     torch.Size([1, 3, 20, 16, 18])
-    >>> model(volume, combinations=[("t1", "flair"), ("t2",)]).shape
-    torch.Size([2, 1, 3, 20, 16, 18])
+    >>> len(model(volume, combinations=[("t1", "flair"), ("t2",)]))
+    2
     """
 
     def __init__(self, config: UNet3dConfig | None = None) -> None:
@@ -118,24 +118,6 @@ class DynamicSharingUNet3d(nn.Module):
         )
         self.head = nn.Conv3d(width, len(config.regions), 1)
 
-    @overload
-    def forward(
-        self,
-        volume: Tensor | Mapping[str, Tensor],
-        available: Tensor | Iterable[str] | None = None,
-        combinations: Sequence[Iterable[str]] | None = None,
-        *,
-        return_valid: Literal[False] = False,
-    ) -> Tensor: ...
-    @overload
-    def forward(
-        self,
-        volume: Tensor | Mapping[str, Tensor],
-        available: Tensor | Iterable[str] | None = None,
-        combinations: Sequence[Iterable[str]] | None = None,
-        *,
-        return_valid: Literal[True],
-    ) -> tuple[Tensor, Tensor]: ...
     def forward(
         self,
         volume: Tensor | Mapping[str, Tensor],
@@ -143,7 +125,7 @@ class DynamicSharingUNet3d(nn.Module):
         combinations: Sequence[Iterable[str]] | None = None,
         *,
         return_valid: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Logits | tuple[Logits, Tensor]:
         """Logits, before the sigmoid of each region.
 
         Args:
@@ -157,8 +139,9 @@ class DynamicSharingUNet3d(nn.Module):
                 raising where a sample has nothing available for a combination.
 
         Returns:
-            (B, R, D, H, W); with combinations (C, B, R, D, H, W), where ``logits[c]`` has the graph
-            of combination c alone: compute one loss per ``logits[c]``.
+            (B, R, D, H, W); with combinations a tuple of C such tensors, each with the graph of its
+            own combination alone: compute one loss per tensor. For torch.compile see
+            :func:`gradsplit.sharing.fuse_available`.
 
         Raises:
             TypeError: a mask that is not bool.

@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 from gradsplit import ModalityDecoupledOptimizer, modality_combinations
@@ -92,14 +93,13 @@ def test_each_sample_scores_as_it_would_alone() -> None:
 def test_many_combinations_equal_one_at_a_time() -> None:
     model, inputs = small_model(), some_inputs()
     scores = model(inputs, combinations=COMBINATIONS)
-    assert scores.shape == (7, 3)
+    assert isinstance(scores, tuple)
     for score, combination in zip(scores, COMBINATIONS, strict=True):
         torch.testing.assert_close(score, model({name: inputs[name] for name in combination}))
 
 
-def test_the_graph_tells_which_parameters_a_combination_uses() -> None:
-    model, inputs = small_model(), some_inputs()
-    scores = model(inputs, combinations=COMBINATIONS)
+def assert_truthful(model: SentimentTransformer, scores: tuple[Tensor, ...]) -> None:
+    """The loss of each of COMBINATIONS reaches the parameters that it uses and no others."""
     shared = {id(parameter) for parameter in model.shared_parameters()}
     for score, combination in zip(scores, COMBINATIONS, strict=True):
         named = dict(model.named_parameters())
@@ -109,6 +109,23 @@ def test_the_graph_tells_which_parameters_a_combination_uses() -> None:
         for (name, parameter), gradient in zip(named.items(), gradients, strict=True):
             used = id(parameter) in shared or any(part in combination for part in name.split("."))
             assert (gradient is not None) == used, (combination, name)
+
+
+def test_the_graph_tells_which_parameters_a_combination_uses() -> None:
+    model = small_model()
+    assert_truthful(model, model(some_inputs(), combinations=COMBINATIONS))
+
+
+@pytest.mark.parametrize("unused", [False, True])
+def test_combinations_stay_apart_in_ddp(unused: bool) -> None:
+    """It takes a tuple of outputs apart and puts it together again."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = small_model()
+        parallel = DistributedDataParallel(model, find_unused_parameters=unused)
+        assert_truthful(model, parallel(some_inputs(), combinations=COMBINATIONS))
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_shared_parameters_are_those_that_every_loss_reaches() -> None:
@@ -225,7 +242,8 @@ def test_a_batch_without_what_is_asked_for_is_all_invalid() -> None:
     model, inputs = small_model(), some_inputs()
     text_only = torch.tensor([[True, False, False]] * 3)
     scores, valid = model(inputs, text_only, [("audio",), ("vision",)], return_valid=True)
-    assert scores.shape == valid.shape == (2, 3) and not valid.any() and not scores.any()
+    assert isinstance(scores, tuple) and valid.shape == (2, 3)
+    assert not valid.any() and not torch.stack(scores).any()
     scores, valid = model(inputs, ~text_only & text_only, return_valid=True)
     assert scores.shape == (3,) and not valid.any()
 

@@ -1,16 +1,15 @@
 """Dynamic Sharing blocks: what they compute, and that the graph tells the truth."""
 
-import io
-from collections.abc import Callable
+import itertools
 
-import numpy as np
 import pytest
 import torch
+from accelerate.utils import convert_outputs_to_fp32
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from gradsplit.sharing import ModalityNorm, fuse_available, stack_combinations
+from gradsplit.sharing import ModalityNorm, fuse_available
 
 NAMES = ("text", "audio", "vision")
 
@@ -94,16 +93,28 @@ def test_fusion_ignores_what_lies_in_a_missing_modality(
     assert torch.equal(fuse_available(features, available), fuse_available(replaced, available))
 
 
-def test_many_combinations_equal_one_at_a_time() -> None:
-    features = {name: torch.randn(4, 3, 2) for name in NAMES}
-    combinations = [("text", "vision"), ("audio",), NAMES]
-    fused = fuse_available(features, combinations=combinations)
-    assert fused.shape == (3, 4, 3, 2)
-    for one, combination in zip(fused, combinations, strict=True):
-        torch.testing.assert_close(one, fuse_available({n: features[n] for n in combination}))
-    as_mask = torch.tensor([[True, False, True], [False, True, False], [True, True, True]])
-    assert torch.equal(fused, fuse_available(features, combinations=as_mask))
-    assert torch.equal(fused, fuse_available(features, as_mask)), "(C, M) where C is not B"
+@given(masks, masks)
+def test_many_combinations_equal_one_at_a_time(
+    mask: list[list[bool]], chosen: list[list[bool]]
+) -> None:
+    available = torch.tensor(mask)
+    features = {name: torch.randn(len(mask), 2, dtype=torch.float64) for name in NAMES}
+    combinations = [tuple(itertools.compress(NAMES, row)) for row in chosen]
+    fused, valid = fuse_available(features, available, combinations, return_valid=True)
+    assert isinstance(fused, tuple) and valid.shape == (len(chosen), len(mask))
+    for one, has, row in zip(fused, valid, torch.tensor(chosen), strict=True):
+        alone, possible = fuse_available(features, available & row, return_valid=True)
+        torch.testing.assert_close(one, alone)
+        assert torch.equal(has, possible)
+
+
+def test_a_sequence_is_a_mapping_from_positions() -> None:
+    features = [torch.randn(2, 3) for _ in range(3)]
+    named = {str(index): branch for index, branch in enumerate(features)}
+    combinations = [("0", "2"), ("1",)]
+    expected = fuse_available(named, combinations=combinations)
+    for unnamed in (features, torch.stack(features)):
+        torch.testing.assert_close(fuse_available(unnamed, combinations=combinations), expected)
 
 
 def test_a_sample_with_nothing_available_is_named() -> None:
@@ -123,31 +134,48 @@ def test_a_validity_mask_instead_of_the_error() -> None:
         features, available, [("text",), ("audio", "vision"), ("audio",)], return_valid=True
     )
     assert valid.tolist() == [[True, True], [True, True], [True, False]]
-    assert fused[:, :, 0].tolist() == [[1.0, 1.0], [2.5, 3.0], [2.0, 0.0]]
+    assert torch.stack(fused)[:, :, 0].tolist() == [[1.0, 1.0], [2.5, 3.0], [2.0, 0.0]]
 
 
-def test_each_combination_reaches_only_its_modalities() -> None:
+def reached(output: Tensor, features: dict[str, Tensor]) -> set[str]:
+    gradients = torch.autograd.grad(
+        output.sum(), list(features.values()), retain_graph=True, allow_unused=True
+    )
+    return {name for name, g in zip(features, gradients, strict=True) if g is not None}
+
+
+@pytest.mark.parametrize(
+    "available", [None, torch.tensor([[True, True, True], [True, True, False]])]
+)
+def test_each_combination_reaches_only_its_modalities(available: Tensor | None) -> None:
     features = {name: torch.randn(2, 3, requires_grad=True) for name in NAMES}
-    combinations = [("text", "vision"), ("audio",)]
-    fused = fuse_available(features, combinations=combinations)
+    combinations = [("text", "vision"), ("audio",), NAMES]
+    fused = fuse_available(features, available, combinations)
     for one, combination in zip(fused, combinations, strict=True):
-        gradients = torch.autograd.grad(one.sum(), list(features.values()), allow_unused=True)
-        reached = {n for n, g in zip(NAMES, gradients, strict=True) if g is not None}
-        assert reached == set(combination)
+        assert reached(one, features) == set(combination)
 
 
-def test_stacked_combinations_are_an_ordinary_tensor_otherwise() -> None:
-    outputs = [torch.randn(4, requires_grad=True) for _ in range(3)]
-    stacked, plain = stack_combinations(outputs), torch.stack(outputs)
-    assert torch.equal(stacked, plain)
-    assert type(stacked * 2) is Tensor and type(stacked[1:]) is Tensor
-    assert torch.equal(stacked[:, 2], plain[:, 2])
-    gradients = torch.autograd.grad(stacked.square().sum(), outputs)
-    for gradient, output in zip(gradients, outputs, strict=True):
-        torch.testing.assert_close(gradient, 2 * output)
-    assert [part is output for part, output in zip(stacked.unbind(), outputs, strict=True)]
-    with torch.no_grad():
-        assert type(stack_combinations(outputs)) is Tensor, "predictions pickle as plain tensors"
+def test_combinations_stay_apart_under_autocast_and_output_conversion() -> None:
+    """Accelerate and Fabric run the forward under autocast and convert what it returns."""
+    features = {name: torch.randn(2, 4, requires_grad=True) for name in NAMES}
+    layer = nn.Linear(4, 1)
+
+    @convert_outputs_to_fp32
+    @torch.autocast("cpu", torch.bfloat16)
+    def forward() -> tuple[Tensor, ...]:
+        fused = fuse_available(features, combinations=[("text",), ("audio", "vision")])
+        return tuple(layer(one) for one in fused)
+
+    first, second = forward()
+    assert first.dtype == second.dtype == torch.float32
+    assert reached(first, features) == {"text"}
+    assert reached(second, features) == {"audio", "vision"}
+
+
+def test_a_modality_that_no_sample_has_stays_out_of_the_graph() -> None:
+    features = {name: torch.randn(2, 3, requires_grad=True) for name in NAMES}
+    nobody_speaks = torch.tensor([[True, False, True], [False, False, True]])
+    assert reached(fuse_available(features, nobody_speaks), features) == {"text", "vision"}
 
 
 @pytest.mark.parametrize(
@@ -155,8 +183,13 @@ def test_stacked_combinations_are_an_ordinary_tensor_otherwise() -> None:
     [
         ({"a": torch.zeros(2, 3), "b": torch.zeros(2, 4)}, {}, "features must have one shape"),
         ({"a": None}, {}, "no modality"),
-        ({"a": torch.zeros(2, 3)}, {"available": torch.ones(2, 2, dtype=torch.bool)}, "available"),
+        (
+            {"a": torch.zeros(2, 3)},
+            {"available": torch.ones(3, 1, dtype=torch.bool)},
+            r"available must be \(B, M\) = \(2, 1\), got \(3, 1\); .*combinations=",
+        ),
         ({"a": torch.zeros(2, 3)}, {"combinations": [("a", "x")]}, "unknown modality 'x'"),
+        ({"a": torch.zeros(2, 3)}, {"combinations": torch.ones(3, 1) > 0}, "unknown modality"),
         ({"a": torch.zeros(2, 3)}, {"combinations": []}, "non-empty"),
         ({"a": torch.zeros(2, 3)}, {"combinations": [()]}, "non-empty"),
         ({"a": torch.zeros(2, 3)}, {"combinations": [("a", "a")]}, "twice"),
@@ -170,72 +203,3 @@ def test_fusion_errors(features: object, arguments: dict[str, object], message: 
 def test_a_mask_that_is_not_bool_is_refused() -> None:
     with pytest.raises(TypeError, match="bool"):
         fuse_available({"a": torch.zeros(2, 3)}, torch.ones(2, 1))
-
-
-def stacked_pair() -> tuple[Tensor, Tensor, Tensor]:
-    a, b = (torch.randn(2, 3, requires_grad=True) for _ in range(2))
-    return a, b, stack_combinations([a, b])
-
-
-@pytest.mark.parametrize(
-    "second",
-    [
-        lambda s: s[1],
-        lambda s: s[-1],
-        lambda s: s[np.int64(1)],
-        lambda s: s[1, 0],
-        lambda s: s[1, :, 2],
-        lambda s: list(s)[1],
-        lambda s: s.unbind()[1],
-        lambda s: torch.unbind(s, 0)[1],
-        lambda s: s.double()[1],
-        lambda s: s.to(torch.bfloat16)[1],
-        lambda s: dict(enumerate(s))[1],
-    ],
-)
-def test_every_usual_access_to_one_combination_is_truthful(
-    second: Callable[[Tensor], Tensor],
-) -> None:
-    a, b, stacked = stacked_pair()
-    plain = torch.stack([a, b])
-    assert torch.equal(second(stacked), second(plain))
-    torch.autograd.backward(second(stacked).sum())
-    assert a.grad is None and b.grad is not None
-
-
-def test_a_stack_changed_in_place_is_what_indexing_shows() -> None:
-    _, _, stacked = stacked_pair()
-    stacked.mul_(10)
-    assert torch.equal(stacked[1], stacked[:][1])
-    with torch.no_grad():
-        _, _, other = stacked_pair()
-        other[0] = 5.0
-    assert other[0].eq(5).all()
-
-
-def test_a_stack_prints_and_saves_as_a_plain_tensor() -> None:
-    _, _, stacked = stacked_pair()
-    assert "Stack" not in repr(stacked) and stacked[True].shape == (1, 2, 2, 3)
-    file = io.BytesIO()
-    torch.save(stacked.detach(), file)
-    torch.save(stacked, file)
-    file.seek(0)
-    assert type(torch.load(file, weights_only=True)) is Tensor
-
-
-def test_combinations_stay_apart_under_autocast_and_output_conversion() -> None:
-    """Accelerate and Fabric run the forward under autocast and convert what it returns."""
-    features = {name: torch.randn(2, 4, requires_grad=True) for name in NAMES}
-    layer = nn.Linear(4, 1)
-    with torch.autocast("cpu", torch.bfloat16):
-        fused = fuse_available(features, combinations=[("text",), ("audio",)])
-        scores = stack_combinations([layer(one) for one in fused]).float()
-    torch.autograd.backward(scores[0].sum())
-    assert features["text"].grad is not None and features["audio"].grad is None
-
-
-def test_a_modality_that_no_sample_has_stays_out_of_the_graph() -> None:
-    features = {name: torch.randn(2, 3, requires_grad=True) for name in NAMES}
-    nobody_speaks = torch.tensor([[True, False, True], [False, False, True]])
-    torch.autograd.backward(fuse_available(features, nobody_speaks).sum())
-    assert features["audio"].grad is None and features["text"].grad is not None

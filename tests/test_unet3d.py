@@ -85,9 +85,8 @@ def test_samples_with_nothing_for_a_combination_can_be_left_out() -> None:
     with torch.no_grad():
         logits, valid = model(volume, available, combinations, return_valid=True)
         assert valid.tolist() == [[True, False], [True, True]]
-        torch.testing.assert_close(
-            logits[:, :1], model(volume[:1], ("t1",)).expand(2, 1, -1, -1, -1, -1)
-        )
+        first = model(volume[:1], ("t1",))
+        torch.testing.assert_close([one[:1] for one in logits], [first, first])
         with pytest.raises(ValueError, match="sample 1 has nothing available"):
             model(volume, available, combinations)
 
@@ -96,7 +95,7 @@ def test_many_combinations_equal_one_at_a_time_and_share_four_passes() -> None:
     model, volume = small_model(), some_volume(1)
     with torch.no_grad():
         logits = model(volume, combinations=COMBINATIONS)
-        assert logits.shape == (15, 1, 3, 16, 16, 16)
+        assert isinstance(logits, tuple)
         for one, combination in zip(logits, COMBINATIONS, strict=True):
             torch.testing.assert_close(one, model(volume, combination))
 
@@ -113,7 +112,7 @@ def test_one_sample_without_gradients_is_what_training_computes(private: int) ->
     with torch.no_grad():
         for arguments in ({}, {"available": torch.ones(1, 4, dtype=torch.bool)}):
             inferred = model(volume, combinations=combinations, **arguments)
-            torch.testing.assert_close(inferred, trained.detach(), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(inferred, trained, rtol=1e-4, atol=1e-5)
 
 
 def flops(model: DynamicSharingUNet3d, *arguments: Any, **named: Any) -> int:
@@ -184,9 +183,10 @@ def test_autocast_and_channels_last() -> None:
     model, volume = small_model(), some_volume(1)
     expected = model(volume, combinations=[("t1",), ("t2", "flair")])
     with torch.autocast("cpu", torch.bfloat16):
-        half = model(volume, combinations=[("t1",), ("t2", "flair")])
-    assert half.dtype == torch.bfloat16
-    torch.testing.assert_close(half.float(), expected, rtol=0.1, atol=0.1)
+        halves = model(volume, combinations=[("t1",), ("t2", "flair")])
+    for half, one in zip(halves, expected, strict=True):
+        assert half.dtype == torch.bfloat16
+        torch.testing.assert_close(half.float(), one, rtol=0.1, atol=0.1)
     last = torch.channels_last_3d
     model = model.to(memory_format=last)  # type: ignore[call-overload]
     converted = model(volume.contiguous(memory_format=last), ("t1",))
