@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 import torch
+from gradsplit.gramian import check_fused, gramian, merge
 from torch import Tensor, nn
 from torch.optim import SGD
 
 from gradsplit import ModalityDecoupledOptimizer, kernels
-from gradsplit.gramian import check_fused, gramian, merge
 from gradsplit.rules import gmd
 from tests.reference import TwoTowers, same, towers
 
