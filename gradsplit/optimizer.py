@@ -416,7 +416,7 @@ class ModalityDecoupledOptimizer(Optimizer):
                 weights=weights,
             )
             if self._conflict_parameters is None:
-                merged = jacobian.merged(weights, self._reduction, self._fused)
+                merged = jacobian.merged(weights, self._fused)
             else:
                 trainable = self._trainable()
                 merged = weighted_backward(window.graphs, weights, trainable, self._reduction)
@@ -480,7 +480,7 @@ class ModalityDecoupledOptimizer(Optimizer):
         """The one with pending rows, or a new one."""
         if not self._windows:
             shared = self._scope == "shared" and self._conflict_parameters is None
-            return _Window(keyed, Jacobian(shared, last, self._row_dtype))
+            return _Window(keyed, Jacobian(shared, last, self._reduction, self._row_dtype))
         window = self._windows[0]
         if window.keyed != keyed:
             kinds = ("a sequence", "a mapping")
@@ -537,7 +537,7 @@ class ModalityDecoupledOptimizer(Optimizer):
                 "two steps and nothing has been decoupled: give this optimizer the losses one by "
                 "one, opt.backward(losses), or opt.joint(losses) where a framework calls backward; "
                 "loss.backward() is plain training",
-                stacklevel=4,
+                stacklevel=6,  # of whoever calls step, through what torch has wrapped around it
             )
 
     # -- the contract of torch.optim -----------------------------------------------------------
