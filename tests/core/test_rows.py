@@ -338,7 +338,7 @@ def test_absent_rows_and_several_dtypes(fused: bool) -> None:
     for p, g in zip(params, decouple(given, scope="all", reduction="sum"), strict=True):
         assert p.grad is not None and g is not None and p.grad.dtype == p.dtype
         unit = torch.finfo(p.dtype).eps
-        torch.testing.assert_close(p.grad.double(), g, rtol=unit, atol=unit)
+        torch.testing.assert_close(p.grad.double(), g, rtol=unit, atol=max(unit, 1e-6))
 
 
 @both_paths
