@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 Row = list[Tensor | None]
 """The gradient of one loss, parameter by parameter; ``None`` where the loss does not reach."""
+
+MicroBatch = Mapping[str, Row | None]
+"""The gradients of each loss in one micro-batch; ``None``: unavailable."""
 
 Merge = Callable[[Tensor], Tensor]
 """Jacobian (m, n) -> merged gradient (n,), the sum of the projected rows."""
@@ -60,21 +63,32 @@ def decouple(
 
     ``scope`` is ``"shared"``, ``"all"`` or the indices of the parameters in it.
     """
-    m = len(rows)
-    columns = zip(*rows, strict=True)
-    reached = [[g.double() for g in column if g is not None] for column in columns]
-    merged: Row = [torch.stack(some).sum(0) if some else None for some in reached]
-    shared = {p for p, some in enumerate(reached) if len(some) == m}
-    words = {"shared": shared, "all": set(range(len(reached)))}
+    return decouple_window([{str(i): row for i, row in enumerate(rows)}], merge, scope, reduction)
+
+
+def decouple_window(
+    micro_batches: Sequence[MicroBatch],
+    merge: Merge = gmd_loop,
+    scope: str | Iterable[int] = "shared",
+    reduction: str = "mean",
+) -> Row:
+    """As :func:`decouple`, of several micro-batches; shared is what every backward reaches."""
+    rows = list(mean_rows(micro_batches).values())
+    backwards = [row for batch in micro_batches for row in batch.values() if row is not None]
+    m, places = len(rows), range(len(rows[0]))
+    shared = {p for p in places if all(row[p] is not None for row in backwards)}
+    words = {"shared": shared, "all": set(places)}
     chosen = words[scope] if isinstance(scope, str) else set(scope)
-    inside = [p for p in sorted(chosen) if reached[p]]
-    if inside:
+    reached = [[row[p] for row in rows if row[p] is not None] for p in places]
+    merged: Row = [torch.stack(some).sum(0) if some else None for some in reached]
+    if inside := [p for p in sorted(chosen) if reached[p]]:
         like = [reached[p][0] for p in inside]
         jacobian = [[_dense(row[p], reached[p][0]) for p in inside] for row in rows]
         whole = merge(torch.stack([torch.cat(parts) for parts in jacobian]))
-        pieces = whole.split([one.numel() for one in like])
+        pieces = whole.split([_reals(one).numel() for one in like])
         for p, piece, one in zip(inside, pieces, like, strict=True):
-            merged[p] = piece.view_as(one)
+            piece = piece.view_as(_reals(one)).clone()
+            merged[p] = torch.view_as_complex(piece) if one.is_complex() else piece
     for p, total in enumerate(merged):
         divide = reduction == "mean" or (reduction == "released" and p in shared)
         if divide and total is not None:
@@ -82,32 +96,51 @@ def decouple(
     return merged
 
 
+def mean_rows(micro_batches: Sequence[MicroBatch]) -> dict[str, Row]:
+    """The mean row of each loss over the micro-batches that have it, in the order they came up."""
+    available: dict[str, list[Row]] = {}
+    for batch in micro_batches:
+        for name, row in batch.items():
+            if row is not None:
+                available.setdefault(name, []).append(row)
+    return {
+        name: [
+            torch.stack(some).sum(0) / len(rows) if (some := _reaching(column)) else None
+            for column in zip(*rows, strict=True)
+        ]
+        for name, rows in available.items()
+    }
+
+
+def _reaching(column: Iterable[Tensor | None]) -> list[Tensor]:
+    """The gradients of one parameter that are there, in double precision."""
+    wide = {True: torch.complex128, False: torch.float64}
+    return [g.to(wide[g.is_complex()]) for g in column if g is not None]
+
+
 def _dense(gradient: Tensor | None, like: Tensor) -> Tensor:
     """One parameter's part of a row of the Jacobian: zeros where the loss does not reach."""
-    return torch.zeros_like(like).flatten() if gradient is None else gradient.double().flatten()
+    return _reals(torch.zeros_like(like) if gradient is None else gradient).flatten()
 
 
-def sum_rows(*micro_batches: list[Row]) -> list[Row]:
-    """Rows summed over micro-batches; reach is the union."""
-    total: list[Row] = [list(row) for row in micro_batches[0]]
-    for micro_batch in micro_batches[1:]:
-        for row, more in zip(total, micro_batch, strict=True):
-            for p, g in enumerate(more):
-                old = row[p]
-                row[p] = g if old is None else old if g is None else old + g
-    return total
+def _reals(tensor: Tensor) -> Tensor:
+    """A complex number is a pair of reals."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def norms(rows: Sequence[Row]) -> list[float]:
     """The length of every row."""
-    return [math.hypot(*(float(g.double().norm()) for g in r if g is not None)) for r in rows]
+    return [
+        math.hypot(*(float(_reaching([g])[0].norm()) for g in r if g is not None)) for r in rows
+    ]
 
 
 def linear_losses(params: Sequence[Tensor], rows: Sequence[Row]) -> list[Tensor]:
     """Scalar losses, graphs apart, whose gradients are exactly ``rows``."""
     losses = []
     for row in rows:
-        terms = [(p * g.to(p)).sum() for p, g in zip(params, row, strict=True) if g is not None]
+        pairs = [(p, g.to(p)) for p, g in zip(params, row, strict=True) if g is not None]
+        terms = [(p * g.conj()).real.sum() for p, g in pairs]  # of a complex p too
         losses.append(torch.stack([term.to(terms[0]) for term in terms]).sum())
     return losses
 

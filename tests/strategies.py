@@ -75,3 +75,34 @@ def partial_rows(
                 row.append(scale * torch.tensor(values, dtype=torch.float64))
         rows.append(row)
     return rows
+
+
+@st.composite
+def windows(
+    draw: st.DrawFn, max_batches: int = 3, max_params: int = 3
+) -> tuple[list[int], list[dict[str, list[Tensor | None] | None]]]:
+    """Sizes of parameters, and micro-batches: each has some of the losses, or None for them.
+
+    The first micro-batch has one loss at least; each loss reaches one parameter at least.
+    """
+    sizes = draw(st.lists(st.integers(1, 3), min_size=1, max_size=max_params))
+    batches: list[dict[str, list[Tensor | None] | None]] = []
+    for number in range(draw(st.integers(1, max_batches))):
+        names = draw(st.lists(st.sampled_from("abc"), min_size=1, max_size=3, unique=True))
+        batch: dict[str, list[Tensor | None] | None] = {}
+        for place, name in enumerate(names):
+            there = (number == 0 and place == 0) or draw(st.integers(0, 3))
+            batch[name] = draw(_reaching_rows(sizes)) if there else None
+        batches.append(batch)
+    return sizes, batches
+
+
+@st.composite
+def _reaching_rows(draw: st.DrawFn, sizes: list[int]) -> list[Tensor | None]:
+    surely = draw(st.integers(0, len(sizes) - 1))
+    return [
+        torch.tensor(draw(st.lists(_elements, min_size=size, max_size=size)), dtype=torch.float64)
+        if p == surely or draw(st.integers(0, 2))
+        else None
+        for p, size in enumerate(sizes)
+    ]
