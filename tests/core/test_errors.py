@@ -16,10 +16,13 @@ from torch.optim import SGD, AdamW
 
 from gradsplit import ModalityDecoupledOptimizer
 from gradsplit.rules import pcgrad
-from tests.reference import Row, Snapshot, TwoTowers, decouple, grads, sum_rows, towers
+from tests.reference import Row, Snapshot, TwoTowers, decouple, decouple_window, grads, towers
 
 METHODS = ["backward", "accumulate", "step"]
+NAMES = ("a", "b", "a+b")
 BAD = (ValueError, TypeError)
+
+notes = pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions take no notes")
 
 
 class Training:
@@ -41,6 +44,14 @@ class Training:
         leaves = self.outside * self.elsewhere
         return {name: loss + leaves.sum() for name, loss in self.model.losses(seed).items()}
 
+    def closures(self, seed: int = 0, **others: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
+        """A closure per loss, but for the ``others``."""
+        names = {name: functools.partial(self.loss, name, seed) for name in NAMES}
+        return names | others
+
+    def loss(self, name: str, seed: int = 0) -> Tensor:
+        return self.losses(seed)[name]
+
     def shot(self) -> Snapshot:
         return Snapshot(self.opt, [self.outside, self.elsewhere])
 
@@ -51,11 +62,11 @@ class Training:
 
     def assert_works(self, micro_batches: list[list[Row]]) -> None:
         """One good ``backward`` merges these micro-batches, the last of which is ``losses()``."""
-        rows = sum_rows(*micro_batches)
+        window = [dict(zip(NAMES, rows, strict=True)) for rows in micro_batches]
         for p in self.model.parameters():
             p.grad = None  # and not zero_grad, which would drop pending rows
         self.opt.backward(self.losses())
-        for ours, theirs in zip(grads(self.model), decouple(rows), strict=True):
+        for ours, theirs in zip(grads(self.model), decouple_window(window), strict=True):
             assert ours is not None and theirs is not None
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
         self.opt.step()
@@ -102,20 +113,14 @@ def test_all_unavailable(method: str, losses: Any) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     "losses",
-    [torch.ones(()), 3.0, {1.0, 2.0}, "ab", b"ab", iter([])],
+    [None, torch.ones(()), 3.0, {1.0, 2.0}, "ab", b"ab", iter([])],
     ids=lambda x: type(x).__name__,
 )
 def test_neither_a_mapping_nor_a_sequence(method: str, losses: Any) -> None:
+    """None stands for one loss alone, which is what ``loss.backward()`` would invite."""
     training = Training()
-    refuse(training, method, losses, "losses|closure", of=TypeError)
-    training.assert_intact()
-
-
-def test_a_bare_loss() -> None:
-    """What ``loss.backward()`` would invite: one tensor, not in a mapping or sequence."""
-    training = Training()
-    for method in METHODS:
-        refuse(training, method, training.losses()["a"], "losses|closure", of=TypeError)
+    given = training.losses()["a"] if losses is None else losses
+    refuse(training, method, given, "losses", of=TypeError)
     training.assert_intact()
 
 
@@ -165,39 +170,33 @@ def test_closure_returns_a_bad_loss(kind: str, place: int, method: str) -> None:
     if kind == "another device" and place == 0:
         pytest.skip("the first closure's device is the device")
     training = Training()
-    entries: dict[str, Callable[[], Any]] = {
-        name: lambda n=name: training.losses()[n] for name in ("a", "b", "a+b")
-    }
-    bad = list(entries)[place]
-    entries[bad] = functools.partial(make, training.model)
+    bad = NAMES[place]
+    entries = training.closures(**{bad: functools.partial(make, training.model)})
     refuse(training, method, entries, rf"loss {place + 1} of 3 \('{re.escape(bad)}'\)", mention)
     training.assert_intact()
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_loss_whose_only_gradient_is_none_reaches_nothing(method: str) -> None:
-    class NoGradient(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, p: Tensor) -> Tensor:
-            return p.sum()
+class _NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, p: Tensor) -> Tensor:
+        return p.sum()
 
-        @staticmethod
-        def backward(ctx: Any, *upstream: Any) -> Any:
-            return None
-
-    training = Training()
-    p = next(training.model.parameters())
-    losses = {"a": training.losses()["a"], "b": NoGradient.apply(p)}
-    refuse(training, method, losses, r"loss 2 of 2 \('b'\)", "parameter")
-    training.assert_intact()
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> Any:
+        return None
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_loss_of_frozen_parameters_reaches_nothing(method: str) -> None:
+@pytest.mark.parametrize("how", ["gradient is None", "parameters are frozen"])
+def test_a_loss_that_reaches_nothing(how: str, method: str) -> None:
     training = Training()
-    training.model.a.requires_grad_(False)
-    frozen = (training.model.a.weight * training.outside).sum()
-    losses = {"a": training.losses()["a"], "b": frozen}
+    p = training.model.a.weight
+    if how == "gradient is None":
+        loss = _NoGradient.apply(p)
+    else:
+        p.requires_grad_(False)
+        loss = (p * training.outside).sum()
+    losses = {"a": training.losses()["a"], "b": loss}
     refuse(training, method, losses, r"loss 2 of 2 \('b'\)", "parameter")
     training.snapshot.assert_unchanged()
 
@@ -227,25 +226,6 @@ class Unplugged(Exception):
     """An error of the user's own."""
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("place", [0, 1, 2])
-@pytest.mark.parametrize("error", [Unplugged("camera"), KeyboardInterrupt()], ids=["own", "ctrl-c"])
-def test_a_closure_that_raises(place: int, method: str, error: BaseException) -> None:
-    """The very exception passes through."""
-    training = Training()
-
-    def raising() -> Tensor:
-        raise error
-
-    entries: dict[str, Callable[[], Tensor]] = {
-        name: lambda n=name: training.losses()[n] for name in ("a", "b", "a+b")
-    }
-    entries[list(entries)[place]] = raising
-    caught = refuse(training, method, entries, of=type(error))
-    assert caught.value is error
-    training.assert_intact()
-
-
 class _RaisesInBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -256,18 +236,30 @@ class _RaisesInBackward(torch.autograd.Function):
         raise Unplugged("in backward")
 
 
+def raising(error: BaseException) -> Any:
+    raise error
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("place", [0, 1, 2])
-@pytest.mark.parametrize("closures", [False, True])
-def test_a_backward_that_raises(place: int, method: str, closures: bool) -> None:
+@pytest.mark.parametrize("what", ["closure", "ctrl-c", "backward", "backward of a closure"])
+def test_what_raises(what: str, place: int, method: str) -> None:
+    """The very exception passes through, whatever it is and wherever it comes from."""
     training = Training()
-    losses: dict[str, Any] = training.losses()
-    bad = list(losses)[place]
-    losses[bad] = _RaisesInBackward.apply(losses[bad])
-    if closures:
-        fresh = {name: lambda n=name: training.losses()[n] for name in losses}
-        losses = {**fresh, bad: lambda: _RaisesInBackward.apply(training.losses()[bad])}
-    refuse(training, method, losses, "in backward", of=Unplugged)
+    bad = NAMES[place]
+    if what in ("closure", "ctrl-c"):
+        error = Unplugged("camera") if what == "closure" else KeyboardInterrupt()
+        losses: dict[str, Any] = training.closures(**{bad: lambda: raising(error)})
+        caught = refuse(training, method, losses, of=type(error))
+        assert caught.value is error
+    else:
+        losses = training.losses()
+        losses[bad] = _RaisesInBackward.apply(losses[bad])
+        if what == "backward of a closure":
+            losses = training.closures(
+                **{bad: lambda: _RaisesInBackward.apply(training.losses()[bad])}
+            )
+        refuse(training, method, losses, "in backward", of=Unplugged)
     training.assert_intact()
 
 
@@ -300,8 +292,10 @@ def _saves_nothing(training: Training) -> Tensor:
     return loss
 
 
-def _calls_the_optimizer(training: Training) -> Tensor:
-    training.opt.backward(training.losses())
+def _calls(training: Training, method: str) -> Tensor:
+    """Of the optimizer; ``zero_grad`` would drop the rows that are being taken."""
+    losses = [] if method == "zero_grad" else [training.losses()]
+    getattr(training.opt, method)(*losses)
     return training.losses()["b"]
 
 
@@ -309,19 +303,25 @@ def _calls_the_optimizer(training: Training) -> Tensor:
 @pytest.mark.parametrize("place", [0, 1, 2])
 @pytest.mark.parametrize(
     "closure",
-    [_keeps_loss, _retains, _detaches, _returns_none, _saves_nothing, _calls_the_optimizer],
+    [_keeps_loss, _retains, _detaches, _returns_none, _saves_nothing],
 )
 def test_a_closure_that_calls_backward_itself(
     closure: Callable[[Training], Any], place: int, method: str
 ) -> None:
     training = Training()
-    entries: dict[str, Any] = {
-        name: lambda n=name: training.losses()[n] for name in ("a", "b", "a+b")
-    }
-    entries[list(entries)[place]] = functools.partial(closure, training)
+    entries = training.closures(**{NAMES[place]: functools.partial(closure, training)})
     # a leaf outside keeps what the closure's own backward gave it: nobody can tell it apart
     training.snapshot = Snapshot(training.opt)
     refuse(training, method, entries, "closure", "backward")
+    training.assert_intact()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("called", ["backward", "accumulate", "step", "joint", "zero_grad"])
+def test_a_closure_that_calls_its_optimizer(called: str, method: str) -> None:
+    training = Training()
+    entries = training.closures(b=lambda: _calls(training, called))
+    refuse(training, method, entries, "closure", called, of=ValueError)
     training.assert_intact()
 
 
@@ -334,40 +334,23 @@ BAD_RULES: dict[str, Callable[[Tensor], Any]] = {
     "a column": lambda gramian: torch.ones(gramian.shape[-1], 1),
     "a list": lambda gramian: [1.0] * gramian.shape[-1],
     "none": lambda gramian: None,
+    "raises": lambda gramian: raising(Unplugged("from the rule")),
 }
 
 
 @pytest.mark.parametrize("method", ["backward", "step"])
 @pytest.mark.parametrize("kind", list(BAD_RULES))
-def test_a_rule_that_returns_the_wrong_thing(kind: str, method: str) -> None:
-    bad = True
+def test_a_rule_that_does_the_wrong_thing(kind: str, method: str) -> None:
+    bad = False
 
     def rule(gramian: Tensor) -> Any:
         return BAD_RULES[kind](gramian) if bad else torch.ones_like(gramian[..., 0])
 
-    bad = False
     training = Training(rule=rule)
     bad = True
-    refuse(training, method, training.losses(), "rule")
+    refuse(training, method, training.losses(), "rule", of=(*BAD, Unplugged))
     training.snapshot.assert_unchanged()
     bad = False
-    training.opt.step(training.losses())
-
-
-@pytest.mark.parametrize("method", ["backward", "step"])
-def test_a_rule_that_raises(method: str) -> None:
-    error: Exception | None = None
-
-    def rule(gramian: Tensor) -> Tensor:
-        if error is not None:
-            raise error
-        return torch.ones_like(gramian[..., 0])
-
-    training = Training(rule=rule)
-    error = Unplugged("no such weights")
-    refuse(training, method, training.losses(), "no such weights", of=Unplugged)
-    training.snapshot.assert_unchanged()
-    error = None
     training.opt.step(training.losses())
 
 
@@ -410,6 +393,9 @@ def test_a_rule_that_can_take_one_argument(rule: Any) -> None:
         ({"scope": ["trunk.weight"]}, "str"),
         ({"reduction": "median"}, "median"),
         ({"reduction": None}, "None"),
+        ({"seed": 1.5}, "float"),
+        ({"seed": None}, "NoneType"),
+        ({"row_dtype": torch.float16}, "float16"),
     ],
     ids=str,
 )
@@ -422,26 +408,32 @@ def test_unknown_option(options: dict[str, Any], mention: str) -> None:
         ModalityDecoupledOptimizer(base, **options)
     assert argument in str(caught.value)
     assert re.search(mention, str(caught.value))
-    known = {"rule": "gmd", "scope": "shared", "reduction": "mean"}[argument]
+    options = {"rule": "gmd", "scope": "shared", "reduction": "mean", "seed": "int"}
+    known = options.get(argument, "bfloat16")
     assert known in str(caught.value), "what to do instead"
     snapshot.assert_unchanged()
     assert all("gradsplit_seed" not in group for group in base.param_groups)
     ModalityDecoupledOptimizer(base)
 
 
-def test_foreign_parameters_in_the_scope() -> None:
+@pytest.mark.parametrize("option", ["scope", "conflict_parameters"])
+@pytest.mark.parametrize(
+    ("given", "mention"),
+    [
+        (lambda p: [p, nn.Parameter(torch.zeros(7, 5))], r"element 1, of shape \(7, 5\)"),
+        (lambda p: [p, 3.0], "element 1 is a float"),
+        (lambda p: p, "Parameter; put parameters in a list"),
+        (lambda p: [], "got none"),
+        (lambda p: iter(()), "got none"),
+    ],
+    ids=["foreign", "a float", "one alone", "empty", "run out"],
+)
+def test_bad_parameters(option: str, given: Callable[[Tensor], Any], mention: str) -> None:
+    """``scope=[]`` too is a mistake, such as a generator that has run out."""
     base = SGD(towers().parameters(), lr=0.1)
-    foreign = nn.Parameter(torch.zeros(7, 5))
-    with pytest.raises(BAD, match="scope"):
-        ModalityDecoupledOptimizer(base, scope=[base.param_groups[0]["params"][0], foreign])
+    with pytest.raises(BAD, match=f"{option}.*{mention}"):
+        ModalityDecoupledOptimizer(base, **{option: given(base.param_groups[0]["params"][0])})
     ModalityDecoupledOptimizer(base)
-
-
-@pytest.mark.parametrize("empty", [[], iter(())], ids=["list", "iterator"])
-def test_an_empty_scope(empty: Any) -> None:
-    """``scope=[]`` is a mistake, such as a generator that has run out."""
-    with pytest.raises(ValueError, match="scope"):
-        ModalityDecoupledOptimizer(SGD(towers().parameters(), lr=0.1), scope=empty)
 
 
 def test_a_generator_of_parameters_is_a_scope() -> None:
@@ -479,35 +471,7 @@ def test_options_are_keywords() -> None:
         ModalityDecoupledOptimizer(SGD(towers().parameters(), lr=0.1), "gmd")
 
 
-# --- complex and sparse ---------------------------------------------------------------------------
-
-
-def test_complex_parameters_at_construction() -> None:
-    p = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
-    with pytest.raises(BAD, match="complex"):
-        ModalityDecoupledOptimizer(SGD([p], lr=0.1))
-
-
-def test_complex_parameters_in_add_param_group() -> None:
-    training = Training()
-    with pytest.raises(BAD, match="complex"):
-        training.opt.add_param_group(
-            {"params": [nn.Parameter(torch.zeros(2, dtype=torch.complex64))]}
-        )
-    assert len(training.opt.param_groups) == 1
-    training.assert_intact()
-
-
-def test_complex_parameters_that_came_by_way_of_the_base() -> None:
-    p = nn.Parameter(torch.zeros(2))
-    z = nn.Parameter(torch.ones(2, dtype=torch.complex64))
-    base = SGD([p], lr=0.1)
-    opt = ModalityDecoupledOptimizer(base)
-    base.add_param_group({"params": [z]})
-    p.grad = torch.ones(2)
-    with pytest.raises(BAD, match="complex"):
-        opt.backward([p.sum() + z.abs().sum(), p.sum()])
-    assert p.grad.tolist() == [1.0, 1.0] and z.grad is None
+# --- sparse gradients -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -534,18 +498,39 @@ def test_sparse_gradients(method: str, place: int) -> None:
 # --- misuse of accumulation -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["step", "closure", "losses"])
+@pytest.mark.parametrize("how", ["step", "losses", "closure"])
 def test_step_with_rows_that_were_never_merged(how: str) -> None:
+    """Refused before anything is done; with a torch closure, once it has run."""
     training = Training()
+    model = training.model
     training.opt.accumulate(training.losses(1))
-    with pytest.raises(RuntimeError, match=r"backward|zero_grad"):
-        if how == "step":
-            training.opt.step()
-        elif how == "closure":
-            training.opt.step(lambda: 1.0)
-        else:
-            training.opt.step(training.losses())
-    training.assert_works([training.model.rows(1), training.model.rows()])
+    before = [p.detach().clone() for p in model.parameters()]
+    called: list[None] = []
+    given = {"step": [], "losses": [training.losses()], "closure": [lambda: called.append(None)]}
+    with pytest.raises(RuntimeError, match=r"step\(\) with 3 pending rows.*backward.*zero_grad"):
+        training.opt.step(*given[how])
+    assert len(called) == (how == "closure")
+    assert all(map(torch.equal, model.parameters(), before))
+    training.assert_works([model.rows(1), model.rows()])
+
+
+def test_a_torch_closure_that_leaves_rows_pending_takes_no_step() -> None:
+    p = nn.Parameter(torch.ones(2))
+    opt = ModalityDecoupledOptimizer(SGD([p], lr=0.1))
+    with pytest.raises(RuntimeError, match="pending"):
+        opt.step(lambda: opt.accumulate([p.sum()]))
+    assert p.tolist() == [1.0, 1.0]
+
+
+def test_a_torch_closure_that_returns_several_losses_is_refused() -> None:
+    """Otherwise the step would silently do nothing: nobody called backward."""
+    p = nn.Parameter(torch.ones(2))
+    opt = ModalityDecoupledOptimizer(SGD([p], lr=0.1))
+    for losses in ({"text": p.sum(), "audio": p.sum()}, [p.sum()], (p.sum(), None)):
+        p.grad = torch.ones(2)
+        with pytest.raises(TypeError, match="several losses"):
+            opt.step(lambda losses=losses: losses)
+        assert p.tolist() == [1.0, 1.0]
 
 
 @pytest.mark.filterwarnings("ignore:.*pending")
@@ -562,40 +547,39 @@ def test_an_error_found_before_any_backward_keeps_pending_rows(kind: str, method
     training.assert_works([first, training.model.rows()])
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions take no notes")
+def notes_of(caught: pytest.ExceptionInfo[BaseException]) -> str:
+    return " ".join(getattr(caught.value, "__notes__", []))
+
+
+@notes
 @pytest.mark.filterwarnings("ignore:.*pending")
 @pytest.mark.parametrize("method", ["backward", "accumulate"])
 @pytest.mark.parametrize("place", [0, 1, 2])
-@pytest.mark.parametrize("error", ["closure", "backward"])
+@pytest.mark.parametrize("error", ["closure", "backward", "ctrl-c"])
 def test_a_window_that_fails_is_whole_or_dropped_never_half(
     place: int, method: str, error: str
 ) -> None:
-    """A note on the exception says when the rows of earlier micro-batches are gone."""
+    """Whole where nothing was added to its rows; else a note on the exception says it is gone."""
     training = Training()
     first = training.model.rows(1)
     training.opt.accumulate(training.losses(1))
     training.snapshot = training.shot()
 
     def failing() -> Tensor:
-        if error == "closure":
-            raise Unplugged("camera")
-        return _RaisesInBackward.apply(training.losses()["b"])
+        if error == "backward":
+            return _RaisesInBackward.apply(training.losses()["b"])
+        return raising(KeyboardInterrupt() if error == "ctrl-c" else Unplugged("camera"))
 
-    entries: dict[str, Callable[[], Tensor]] = {
-        name: lambda n=name: training.losses(2)[n] for name in ("a", "b", "a+b")
-    }
-    entries[list(entries)[place]] = failing
-    caught = refuse(training, method, entries, of=Unplugged)
+    entries = training.closures(2, **{NAMES[place]: failing})
+    caught = refuse(training, method, entries, of=(Unplugged, KeyboardInterrupt))
     training.snapshot.assert_unchanged()
-    dropped = any("dropped" in note for note in getattr(caught.value, "__notes__", []))
-    if place > 0:
-        assert dropped, "rows had been added to"
+    assert ("dropped" in notes_of(caught)) == (place > 0)
     rows = training.model.rows()
-    training.assert_works([rows] if dropped else [first, rows])
+    training.assert_works([rows] if place else [first, rows])
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions take no notes")
-def test_a_rule_that_fails_keeps_pending_rows_or_says_that_it_dropped_them() -> None:
+@notes
+def test_a_rule_that_fails_drops_pending_rows_and_says_so() -> None:
     bad = False
 
     def rule(gramian: Tensor) -> Tensor:
@@ -607,84 +591,79 @@ def test_a_rule_that_fails_keeps_pending_rows_or_says_that_it_dropped_them() -> 
     bad = True
     with pytest.raises(BAD, match="rule") as caught:
         opt.backward([(p * 1).sum(), (p * 2).sum()])
-    assert p.grad is None
-    dropped = any("dropped" in note for note in getattr(caught.value, "__notes__", []))
+    assert p.grad is None and "dropped" in notes_of(caught)
     bad = False
     opt.backward([(p * 3).sum(), (p * 4).sum()])
-    assert p.grad is not None and float(p.grad) == (7.0 if dropped else 37.0)
+    assert p.grad is not None and float(p.grad) == 7.0
 
 
-def test_a_good_call_after_an_error_counts_one_merge() -> None:
+def test_an_error_counts_no_merge_and_leaves_the_last_report() -> None:
     training = Training(rule="pcgrad")
-    before = training.opt.param_groups[0]["gradsplit_merges"]
-    refuse(training, "backward", {"a": torch.ones(())}, "'a'")
-    assert training.opt.param_groups[0]["gradsplit_merges"] == before
+    group, last = training.opt.param_groups[0], training.opt.last
+    before = group["gradsplit_merges"]
+    refuse(training, "backward", training.closures(b=lambda: raising(Unplugged())), of=Unplugged)
+    assert group["gradsplit_merges"] == before and training.opt.last is last
     training.opt.backward(training.losses())
-    assert training.opt.param_groups[0]["gradsplit_merges"] == before + 1
+    assert group["gradsplit_merges"] == before + 1 and training.opt.last is not last
 
 
-def test_the_last_report_survives_an_error() -> None:
-    training = Training()
-    last = training.opt.last
-    refuse(training, "backward", {"a": torch.ones(())}, "'a'")
-    assert training.opt.last is last
+# --- notes on exceptions that pass through --------------------------------------------------------
 
 
-def test_exceptions_that_pass_through_say_which_loss_they_came_from() -> None:
-    """A closure that raises, and closures that share a forward made outside of them."""
+@notes
+def test_an_exception_says_from_which_loss_it_came() -> None:
     p = nn.Parameter(torch.ones(2))
-    opt = ModalityDecoupledOptimizer(torch.optim.SGD([p], lr=0.1))
-
-    def broken() -> Tensor:
-        raise KeyError("no such file")
-
-    with pytest.raises(KeyError) as raised:
-        opt.backward({"text": lambda: p.sum(), "audio": broken})
-    if sys.version_info >= (3, 11):
-        assert "loss 2 of 2 ('audio')" in raised.value.__notes__[0]
-    shared = p.exp()
-    with pytest.raises(RuntimeError, match="second time") as again:
-        opt.backward([lambda: shared.sum(), lambda: shared.square().sum()])
-    if sys.version_info >= (3, 11):
-        assert "run its own forward" in again.value.__notes__[0]
+    opt = ModalityDecoupledOptimizer(SGD([p], lr=0.1))
+    with pytest.raises(Unplugged) as caught:
+        opt.backward({"text": lambda: p.sum(), "audio": lambda: raising(Unplugged("camera"))})
+    assert "in the closure of loss 2 of 2 ('audio')" in notes_of(caught)
+    losses = [p.sum(), _RaisesInBackward.apply(p).sum()]
+    with pytest.raises(Unplugged) as caught:
+        opt.backward(losses)
+    assert "in the backward of loss 2 of 2 ('1')" in notes_of(caught)
     assert p.grad is None
 
 
-def test_a_micro_batch_without_anything_ends_a_window_that_has_rows() -> None:
+def _freed_by_the_user(p: Tensor) -> list[Any]:
+    loss = p.exp().sum()
+    loss.backward()
+    return [p.sum(), loss]
+
+
+def _closures_that_share_a_forward(p: Tensor) -> list[Any]:
+    shared = p.exp()
+    return [lambda: shared.sum(), lambda: shared.square().sum()]
+
+
+def _closures_that_called_backward_on_a_shared_forward(p: Tensor) -> list[Any]:
+    shared = p.exp()
+    shared.prod().backward()
+    return [lambda: p.sum(), lambda: shared.sum()]
+
+
+@notes
+@pytest.mark.parametrize(
+    "make",
+    [
+        _freed_by_the_user,
+        _closures_that_share_a_forward,
+        _closures_that_called_backward_on_a_shared_forward,
+    ],
+)
+@pytest.mark.parametrize("measured", [False, True], ids=["exact", "conflict parameters"])
+def test_a_graph_that_is_gone(make: Callable[[Tensor], list[Any]], measured: bool) -> None:
+    """torch's own message would advise ``retain_graph``."""
     p = nn.Parameter(torch.ones(2))
-    opt = ModalityDecoupledOptimizer(torch.optim.SGD([p], lr=0.1))
-    opt.accumulate({"text": p.sum(), "audio": None})
-    report = opt.backward({"text": None, "audio": None})
-    assert (report.names, report.unavailable) == (("text",), ("audio",))
-    assert p.grad is not None and p.grad.tolist() == [1.0, 1.0]
-    with pytest.raises(ValueError, match="all are unavailable"):
-        opt.backward({"text": None, "audio": None})
-
-
-def test_a_torch_closure_that_leaves_rows_pending_takes_no_step() -> None:
-    p = nn.Parameter(torch.ones(2))
-    opt = ModalityDecoupledOptimizer(torch.optim.SGD([p], lr=0.1))
-
-    def accumulating() -> Tensor:
-        opt.accumulate([p.sum()])
-        return p.sum()
-
-    with pytest.raises(RuntimeError, match="pending"):
-        opt.step(accumulating)
-    assert p.tolist() == [1.0, 1.0]
-
-
-def test_a_torch_closure_that_returns_several_losses_is_refused() -> None:
-    """Otherwise the step would silently do nothing: nobody called backward."""
-    p = nn.Parameter(torch.ones(2))
-    opt = ModalityDecoupledOptimizer(torch.optim.SGD([p], lr=0.1))
-    with pytest.raises(TypeError, match="several losses"):
-        opt.step(lambda: {"text": p.sum(), "audio": p.sum()})
-    assert p.tolist() == [1.0, 1.0]
-
-
-def test_one_combination_in_two_orders_is_refused() -> None:
-    p = nn.Parameter(torch.ones(2))
-    opt = ModalityDecoupledOptimizer(torch.optim.SGD([p], lr=0.1))
-    with pytest.raises(ValueError, match=r"'a\+t' and 't\+a'"):
-        opt.backward({("a", "t"): p.sum(), ("t", "a"): p.sum()})
+    options = {"conflict_parameters": [p]} if measured else {}
+    opt = ModalityDecoupledOptimizer(SGD([p], lr=0.1), **options)
+    losses = make(p)
+    p.grad = None
+    if measured and make is _closures_that_share_a_forward:
+        opt.backward(losses)  # there the graphs are kept until the one backward
+        return
+    with pytest.raises(RuntimeError, match="second time") as caught:
+        opt.backward(losses)
+    assert "loss 2 of 2 ('1')" in notes_of(caught)
+    for advice in ("do not call backward yourself", "a closure run its own forward"):
+        assert advice in notes_of(caught)
+    assert p.grad is None
