@@ -30,6 +30,7 @@ class Block:
         self.parameters = parameters
         self.rows: dict[int, Tensor] = {}  # number of the loss -> (columns,)
         self._dtype = dtype
+        self._complex = any(parameter.is_complex() for parameter in parameters)
         self._pieces: list[tuple[list[int], list[int], int]] = []  # shape, strides, first column
         gaps, start, unit = [], 0, 128 // dtype.itemsize
         for parameter in parameters:
@@ -47,9 +48,10 @@ class Block:
 
     def add(self, loss: int, gradients: list[Tensor]) -> None:
         """Copy gradients, one per parameter, into the row of a loss, or add them to it."""
-        gradients = [
-            torch.view_as_real(g.resolve_conj()) if g.is_complex() else g for g in gradients
-        ]
+        if self._complex:
+            gradients = [
+                torch.view_as_real(g.resolve_conj()) if g.is_complex() else g for g in gradients
+            ]
         if loss in self.rows:
             torch._foreach_add_(self._views(self.rows[loss]), gradients)
         else:
@@ -67,8 +69,11 @@ class Block:
 
     def gradients(self, row: Tensor) -> dict[Tensor, Tensor]:
         """A vector (columns,) by parameter: views with the parameters' own strides."""
-        pairs = zip(self.parameters, self._views(row), strict=True)
-        return {p: torch.view_as_complex(v) if p.is_complex() else v for p, v in pairs}
+        views = self._views(row)
+        if self._complex:
+            pairs = zip(self.parameters, views, strict=True)
+            views = [torch.view_as_complex(v) if p.is_complex() else v for p, v in pairs]
+        return dict(zip(self.parameters, views, strict=True))
 
     def in_order(self) -> tuple[list[int], list[Tensor]]:
         """The numbers of the losses that reach this block, and their rows."""
@@ -150,16 +155,18 @@ class Jacobian:
     def gramian(self, fused: bool | None) -> Tensor:
         """(m, m), float64: of the mean rows; zeros where the scope is reached by nobody."""
         m, device = len(self.names), self._losses[0].device
-        total = torch.zeros(m, m, dtype=torch.float64, device=device)
+        total: Tensor | None = None
         for block in self.blocks:
             losses, rows = block.in_order()
             part = algebra.gramian(rows, fused).to(device)
-            if len(losses) == m:
-                total += part
-            else:
+            if len(losses) < m:
                 # Rows that do not reach the block stay out of the product: 0 x inf would be NaN.
                 index = _index(losses, device)
-                total[index[:, None], index] += part
+                some, part = part, torch.zeros(m, m, dtype=part.dtype, device=device)
+                part[index[:, None], index] = some
+            total = part if total is None else total + part
+        if total is None:
+            return torch.zeros(m, m, dtype=torch.float64, device=device)
         if max(self._counts) > 1:
             counts = self._count_of_each(device)
             total = total / counts / counts[:, None]

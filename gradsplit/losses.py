@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Entry", "Losses", "checked_loss", "join_losses", "noted", "read_losses"]
+__all__ = ["Entry", "Losses", "add_note", "checked_loss", "join_losses", "noted", "read_losses"]
 
 Closure = Callable[[], Tensor | None]
 Losses = Mapping[str | tuple[str, ...], Tensor | Closure | None] | Sequence[Tensor | Closure | None]
@@ -110,9 +110,14 @@ def noted(note: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if hasattr(error, "add_note"):  # Python 3.11
-            error.add_note(f"gradsplit: {note}")
+        add_note(error, note)
         raise
+
+
+def add_note(error: BaseException, note: str) -> None:
+    """Say more of an exception that passes through, where Python can (3.11)."""
+    if hasattr(error, "add_note"):
+        error.add_note(f"gradsplit: {note}")
 
 
 def _name(key: Any) -> str:

@@ -19,7 +19,7 @@ from gradsplit.backward import add_gradients, take_partial_rows, take_rows, weig
 from gradsplit.decoupling import Decoupling
 from gradsplit.jacobian import Jacobian
 from gradsplit.joint import joint_loss
-from gradsplit.losses import Entry, Losses, read_losses
+from gradsplit.losses import Entry, Losses, add_note, read_losses
 from gradsplit.rows import has_triton
 
 __all__ = ["ModalityDecoupledOptimizer"]
@@ -453,11 +453,11 @@ class ModalityDecoupledOptimizer(Optimizer):
         except BaseException as error:
             if earlier and jacobian.backwards > earlier:
                 self._windows.clear()
-                if hasattr(error, "add_note"):  # Python 3.11
-                    error.add_note(
-                        "gradsplit: rows accumulated from earlier micro-batches had already been "
-                        "added to and were dropped; start the accumulation again"
-                    )
+                add_note(
+                    error,
+                    "rows accumulated from earlier micro-batches had already been added to and "
+                    "were dropped; start the accumulation again",
+                )
             raise
         finally:
             self._active.clear()
