@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
+import pickle
+import re
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -386,3 +390,67 @@ def test_torchjd_pcgrad_is_pcgrad_in_some_order() -> None:
         assert matches, f"torchjd's {theirs} is none of ours"
         seen.update(matches)
     assert len(seen) > 1
+
+
+AGGREGATORS: dict[str, Callable[[Any], Any]] = {
+    "UPGrad": lambda a: a.UPGrad(),
+    "NashMTL": lambda a: a.NashMTL(2),
+    "Mean": lambda a: a.Mean(),
+    "PCGrad": lambda a: a.PCGrad(),
+    "Krum": lambda a: a.Krum(1),
+    "ConFIG": lambda a: a.ConFIG(),
+    "GramianWeightedAggregator": lambda a: a.GramianWeightedAggregator(a.UPGradWeighting()),
+    "a subclass": lambda a: type("Mine", (a.UPGrad,), {})(),
+}
+
+
+@pytest.mark.parametrize("kind", AGGREGATORS)
+def test_torchjd_aggregators_are_refused_and_their_weighting_is_named(kind: str) -> None:
+    """An aggregator maps a Jacobian to a vector: as a rule it would give nonsense or NaN."""
+    aggregation = pytest.importorskip("torchjd.aggregation")
+    try:
+        aggregator = AGGREGATORS[kind](aggregation)
+    except ImportError as missing:
+        pytest.skip(str(missing))
+    base = torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=1.0)
+    with pytest.raises(TypeError, match="rule is an aggregator of TorchJD") as caught:
+        ModalityDecoupledOptimizer(base, rule=aggregator)
+    named = re.findall(r"\b\w+Weighting\b", str(caught.value))
+    for name in named:
+        assert hasattr(aggregation, name), f"there is no {name}"
+    if kind == "ConFIG":
+        assert not named, "it has none"
+    else:
+        expected = "UPGrad" if kind in ("GramianWeightedAggregator", "a subclass") else kind
+        assert f"{expected}Weighting" in named
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "state_dict"])
+def test_what_a_stateful_weighting_remembers(how: str) -> None:
+    """Copies keep it; the ``state_dict`` of the optimizer does not, nor does that of TorchJD."""
+    aggregation = pytest.importorskip("torchjd.aggregation")
+    if not hasattr(aggregation, "GradVacWeighting"):
+        pytest.skip("an older torchjd")
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randn(3, 4, generator=generator, dtype=torch.float64) for _ in range(6)]
+
+    def fresh() -> ModalityDecoupledOptimizer:
+        p = nn.Parameter(torch.zeros(4, dtype=torch.float64))
+        base = torch.optim.SGD([p], lr=1.0)
+        return ModalityDecoupledOptimizer(base, rule=aggregation.GradVacWeighting())
+
+    def go(opt: ModalityDecoupledOptimizer, jacobians: list[Tensor]) -> Tensor:
+        (p,) = opt.param_groups[0]["params"]
+        for jacobian in jacobians:
+            opt.step(linear_losses([p], [[row] for row in jacobian]))
+        return p.detach()
+
+    opt = fresh()
+    reached = go(opt, rows[:3]).clone()
+    if how == "state_dict":
+        twin = fresh()
+        twin.load_state_dict(opt.state_dict())
+        twin.param_groups[0]["params"][0].data.copy_(reached)
+    else:
+        twin = copy.deepcopy(opt) if how == "deepcopy" else pickle.loads(pickle.dumps(opt))
+    assert torch.equal(go(twin, rows[3:]), go(opt, rows[3:])) == (how != "state_dict")
