@@ -425,26 +425,37 @@ def test_torchjd_aggregators_are_refused_and_their_weighting_is_named(kind: str)
         assert f"{expected}Weighting" in named
 
 
+STATEFUL: dict[str, Callable[[Any], Any]] = {
+    "GradVac": lambda a: a.GradVacWeighting(),
+    "PCD": lambda a: a.PCDWeighting(),
+    "CRMOGM": lambda a: a.CRMOGMWeighting(a.PCGradWeighting()),
+}
+
+
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "state_dict"])
-def test_what_a_stateful_weighting_remembers(how: str) -> None:
+@pytest.mark.parametrize("kind", STATEFUL)
+def test_what_a_stateful_weighting_remembers(kind: str, how: str) -> None:
     """Copies keep it; the ``state_dict`` of the optimizer does not, nor does that of TorchJD."""
     aggregation = pytest.importorskip("torchjd.aggregation")
-    if not hasattr(aggregation, "GradVacWeighting"):
+    if not hasattr(aggregation, f"{kind}Weighting"):
         pytest.skip("an older torchjd")
+    make = STATEFUL[kind]
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randn(3, 4, generator=generator, dtype=torch.float64) for _ in range(6)]
 
     def fresh() -> ModalityDecoupledOptimizer:
         p = nn.Parameter(torch.zeros(4, dtype=torch.float64))
         base = torch.optim.SGD([p], lr=1.0)
-        return ModalityDecoupledOptimizer(base, rule=aggregation.GradVacWeighting())
+        return ModalityDecoupledOptimizer(base, rule=make(aggregation))
 
     def go(opt: ModalityDecoupledOptimizer, jacobians: list[Tensor]) -> Tensor:
         (p,) = opt.param_groups[0]["params"]
+        torch.manual_seed(0)  # some draw an order
         for jacobian in jacobians:
             opt.step(linear_losses([p], [[row] for row in jacobian]))
         return p.detach()
 
+    assert make(aggregation).state_dict() == {}
     opt = fresh()
     reached = go(opt, rows[:3]).clone()
     if how == "state_dict":
