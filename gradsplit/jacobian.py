@@ -9,7 +9,7 @@ from torch import Tensor
 from gradsplit import rows as algebra
 from gradsplit.losses import join_losses
 
-__all__ = ["Block", "Jacobian"]
+__all__ = ["Block", "Gradients", "Jacobian"]
 
 Gradients = Mapping[Tensor, Tensor]
 """Leaf -> gradient, or what was made of gradients."""
@@ -31,7 +31,9 @@ class Block:
         self.rows: dict[int, Tensor] = {}  # number of the loss -> (columns,)
         self._dtype = dtype
         self._complex = any(parameter.is_complex() for parameter in parameters)
-        self._pieces: list[tuple[list[int], list[int], int]] = []  # shape, strides, first column
+        self._pieces: list[
+            tuple[tuple[int, ...], tuple[int, ...], int]
+        ] = []  # shape, strides, first column
         gaps, start, unit = [], 0, 128 // dtype.itemsize
         for parameter in parameters:
             shape, strides = _in_memory(parameter)
@@ -253,14 +255,13 @@ def _index(numbers: Sequence[int], device: torch.device) -> Tensor:
     return torch.cat([torch.full((1,), n, dtype=torch.long, device=device) for n in numbers])
 
 
-def _in_memory(parameter: Tensor) -> tuple[list[int], list[int]]:
+def _in_memory(parameter: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shape and strides of a dense tensor whose elements lie as the parameter's do, in reals."""
-    shape, strides = list(parameter.shape), list(parameter.stride())
-    if not parameter.is_contiguous():
-        strides = list(torch.empty_like(parameter, device="meta").stride())
+    dense = parameter.is_contiguous()
+    strides = parameter.stride() if dense else torch.empty_like(parameter, device="meta").stride()
     if not parameter.is_complex():
-        return shape, strides
-    return [*shape, 2], [*(2 * stride for stride in strides), 1]
+        return parameter.shape, strides
+    return (*parameter.shape, 2), (*(2 * stride for stride in strides), 1)
 
 
 def _real(dtype: torch.dtype) -> torch.dtype:

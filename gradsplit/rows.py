@@ -16,7 +16,6 @@ from torch import Tensor
 __all__ = ["gramian", "gramian_ref", "has_triton", "merged", "merged_ref"]
 
 _RUN = 1024  # columns whose products are summed in float32 before the sum becomes float64
-_SMALL = 2**18  # elements of all rows below which the number of calls is what takes time
 _TOGETHER = 2**20  # elements of all rows that are multiplied at once: 4 MiB stay in the cache
 _WIDEST = 2**17  # elements of one row that are added at once
 _MOST_FUSED = 64  # rows that the kernels take
@@ -65,9 +64,6 @@ def merged(
 
 def gramian_ref(rows: Sequence[Tensor]) -> Tensor:
     """The plain path of :func:`gramian`."""
-    if _small(rows):
-        jacobian = torch.stack(list(rows)).double()
-        return _symmetric(jacobian @ jacobian.T)
     if _narrow(rows):
         found = _products(rows, torch.float32)
         # A float32 product can lose 2^-126; what is lost may be 2^-30 of K_jj. Rows of zeros, and
@@ -81,9 +77,6 @@ def gramian_ref(rows: Sequence[Tensor]) -> Tensor:
 
 def merged_ref(rows: Sequence[Tensor], weights: Tensor, dtype: torch.dtype) -> Tensor:
     """The plain path of :func:`merged`."""
-    # No BLAS: where a weight is zero, some would skip the row, NaN and all.
-    if _small(rows):
-        return (torch.stack(list(rows)).double() * weights[:, None]).sum(0).to(dtype)
     wide = torch.float32 if _narrow(rows) and _fits(weights) else torch.float64
     factors = weights.to(wide).unbind()
     result = torch.empty_like(rows[0], dtype=dtype)
@@ -91,6 +84,7 @@ def merged_ref(rows: Sequence[Tensor], weights: Tensor, dtype: torch.dtype) -> T
         parts = [row[start : start + _WIDEST] for row in rows]
         part = result[start : start + _WIDEST]
         total = part if dtype == wide else torch.empty_like(part, dtype=wide)
+        # No BLAS: where a weight is zero, some would skip the row, NaN and all.
         torch.mul(parts[0].to(wide), factors[0], out=total)
         for more, factor in zip(parts[1:], factors[1:], strict=True):
             total.addcmul_(more.to(wide), factor)
@@ -104,31 +98,24 @@ def _products(rows: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     m, n, device = len(rows), rows[0].numel(), rows[0].device
     # BLAS stumbles over odd numbers of rows: sixteen take two thirds of the time of fifteen.
     lines = m if m <= 12 else -(-m // 8) * 8
-    width = max(1, -(-min(_TOGETHER // lines, n) // _RUN)) * _RUN
+    width = min(_TOGETHER // lines, n) // _RUN * _RUN + _RUN
     buffer = torch.empty(lines, width, dtype=dtype, device=device)
     if m < lines:
         buffer[m:] = 0.0  # nobody reads their products, but NaN and the like take time
-    runs = buffer.view(lines, -1, _RUN).transpose(0, 1)
-    products = torch.empty(len(runs), lines, lines, dtype=dtype, device=device)
     total = torch.zeros(lines, lines, dtype=torch.float64, device=device)
     for start in range(0, n, width):
         parts = [row[start : start + width] for row in rows]
         filled = len(parts[0])
-        if filled < width:
-            buffer[:, filled:] = 0.0
+        whole = -(-filled // _RUN) * _RUN
+        if filled < whole:
+            buffer[:, filled:whole] = 0.0
         torch._foreach_copy_(buffer[:m, :filled].unbind(), parts)
+        runs = buffer[:, :whole].view(lines, -1, _RUN).transpose(0, 1)
+        products = torch.empty(len(runs), lines, lines, dtype=dtype, device=device)
         torch.bmm(runs, runs.transpose(1, 2), out=products)  # autocast leaves out= alone
         total += products.sum(0, dtype=total.dtype)
-    return _symmetric(total[:m, :m])
-
-
-def _symmetric(gramian: Tensor) -> Tensor:
-    """To the last bit, which a BLAS does not promise."""
-    return (gramian + gramian.T) / 2
-
-
-def _small(rows: Sequence[Tensor]) -> bool:
-    return len(rows) * rows[0].numel() <= _SMALL
+    total = total[:m, :m]
+    return (total + total.T) / 2  # symmetric to the last bit, which a BLAS does not promise
 
 
 def _narrow(rows: Sequence[Tensor]) -> bool:
