@@ -352,16 +352,17 @@ class ModalityDecoupledOptimizer(Optimizer):
         {'text': tensor(3.), 'audio': None}
         """
         self._refuse_inside_closure("step()")
-        plain = closure is None or callable(closure) and not isinstance(closure, Mapping | Sequence)
-        if plain and closure is not None:
-            result = self._base.step(self._checked(closure))
-        else:
-            self._refuse_pending()
-            taken = {} if plain else self._decouple(closure, replace=True)[1]
-            result = self._base.step()
-        if plain:
+        if closure is None or (callable(closure) and not isinstance(closure, Mapping | Sequence)):
+            if closure is None:
+                self._refuse_pending()
+                result: Any = self._base.step()
+            else:
+                result = self._base.step(self._checked(closure))
             self._warn_of_plain_steps()
             return result
+        self._refuse_pending()
+        _, taken = self._decouple(closure, replace=True)
+        self._base.step()
         if isinstance(closure, Mapping):
             return dict(zip(closure, taken.values(), strict=True))
         return (tuple if isinstance(closure, tuple) else list)(taken.values())
