@@ -364,6 +364,22 @@ def test_fused_is_none_true_or_false_and_copied(fused: bool | None) -> None:
         wrapped(towers(), fused="yes")
 
 
+@needs_triton
+def test_fused_says_who_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gradsplit import kernels
+
+    used: list[str] = []
+    for name in ("gramian", "merged"):
+        original = getattr(kernels, name)
+        monkeypatch.setattr(
+            kernels, name, lambda *given, n=name, f=original: used.append(n) or f(*given)
+        )
+    for fused, expected in ((False, []), (None, ["gramian", "merged"] * CUDA), (True, None)):
+        used.clear()
+        assert_right(random_rows(3, 50), fused)
+        assert used == (["gramian", "merged"] if expected is None else expected)
+
+
 def losses_that_cannot_be_fused(kind: str) -> tuple[nn.Module, list[Tensor]]:
     model = towers(torch.float64 if kind == "float64" else torch.float32)
     many = 65 if kind == "65 rows" else 2
