@@ -13,7 +13,16 @@ from typing import Any
 
 import torch
 
-from benchmarks.speed_methods import METHODS, Method, MLPTask, Task, UNetTask
+from benchmarks.speed_methods import (
+    EXACT,
+    METHODS,
+    PLAIN,
+    EncodersTask,
+    Method,
+    MLPTask,
+    Task,
+    UNetTask,
+)
 from benchmarks.speed_timing import LiveBytes, reset_peak_resident, resident_bytes
 
 __all__ = ["in_own_process", "measure"]
@@ -26,8 +35,8 @@ def measure(method: Method, make: Callable[[], Task]) -> dict[str, Any]:
 
     Returns:
         losses (m), elements (n); live: at most alive at once of all tensors that the backward
-        made; resident: growth of the process from before the forward to the peak, None where the
-        system does not tell.
+        made, and the forwards of closures; resident: growth of the process from before the forward
+        to the peak, None where the system does not tell.
     """
     task = make()
     forward, run = method.forward_of(task, apart=False), method.backward(task)
@@ -53,13 +62,13 @@ def measure(method: Method, make: Callable[[], Task]) -> dict[str, Any]:
 
 
 def in_own_process(
-    methods: Sequence[str], widths: tuple[int, int], layers: int, modalities: int
+    methods: Sequence[str], widths: tuple[int, int, int], layers: int, modalities: int
 ) -> list[dict[str, Any]]:
     """What :func:`measure` says of ``methods``, one after another in a process of their own.
 
     Args:
         methods: names, of METHODS.
-        widths: of the MLP and the U-Net.
+        widths: of the MLP, the U-Net and the private encoders.
         layers: of the MLP.
         modalities: of the U-Net.
 
@@ -87,18 +96,21 @@ def in_own_process(
 
 
 def main(argv: Sequence[str]) -> int:
-    names, (mlp, unet), layers, modalities, threads = json.loads(argv[0])
+    names, (mlp, unet, encoders), layers, modalities, threads = json.loads(argv[0])
     torch.set_num_threads(threads)
     tasks: dict[str, Callable[[], Task]] = {
         # Small batches and crops: what a forward keeps is little next to the rows.
         "MLP": lambda: MLPTask(layers=layers, width=mlp, losses=8, batch=2, device=_CPU),
         "U-Net": lambda: UNetTask(modalities, width=unet, crop=16, batch=1, device=_CPU),
+        "encoders": lambda: EncodersTask(encoders, _CPU),
     }
+    closures = {PLAIN, EXACT}  # the ways that take them
     found = [
         {"task": task, "method": method.name, **measure(method, make)}
         for method in METHODS
         for task, make in tasks.items()
-        if method.name in names and method.fits(make(), apart=False)
+        if method.name in (closures.intersection(names) if task == "encoders" else names)
+        and method.fits(make(), apart=False)
     ]
     print(json.dumps(found))
     return 0

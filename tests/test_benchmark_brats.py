@@ -632,7 +632,9 @@ def test_a_loss_of_several_micro_batches_is_the_mean_over_those_that_have_it(
     disagree(separate.model)
     losses = [separate.losses(batch, SINGLES) for batch in window]
     means = [
-        np.mean([float(loss.detach()) for some in losses if (loss := some[combination]) is not None])
+        np.mean(
+            [float(loss.detach()) for some in losses if (loss := some[combination]) is not None]
+        )
         for combination in SINGLES
     ]
     assert_allclose(mean_loss, np.mean(means), rtol=1e-5)
