@@ -333,6 +333,8 @@ class Method:
         """Whether it exists for that task, with forwards that are shared or ``apart``."""
         if not self.exists():
             return False
+        if isinstance(task, EncodersTask):
+            return self.name in (PLAIN, EXACT)  # which take closures
         if self.forward == "batched":
             return not apart and type(task).batched is not Task.batched
         return not (apart and self.forward == "features")
