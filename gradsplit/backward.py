@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node, get_gradient_edge
 
-from gradsplit.jacobian import Jacobian
-from gradsplit.losses import Entry, checked_loss, noted
+from gradsplit.jacobian import Gradients, Jacobian
+from gradsplit.losses import Entry, add_note, checked_loss, noted
 
 __all__ = ["add_gradients", "take_partial_rows", "take_rows", "weighted_backward"]
 
@@ -48,8 +48,9 @@ def take_rows(
     """
     taken: Taken = {}
     with _set_aside(parameters) as held:
-        given = [(e.loss, e.where) for e in entries if isinstance(e.loss, Tensor)]
-        together = _survey(given, parameters)
+        given = [entry for entry in entries if isinstance(entry.loss, Tensor)]
+        together = _survey([e.loss for e in given if isinstance(e.loss, Tensor)])
+        _refuse_unreached(given, together, parameters)
         _set_aside_more(together.leaves, held)
         if jacobian.shared:  # rows start at their final size, as far as the graphs tell
             eligible = {p for p in eligible if together.reached_by_all(p)}
@@ -61,15 +62,19 @@ def take_rows(
             if isinstance(entry.loss, Tensor):
                 graphs, place = together, next(places)
             else:
-                graphs, place = _survey([(loss, entry.where)], parameters), 0
+                graphs, place = _survey([loss]), 0
+                _refuse_unreached([entry], graphs, parameters)
                 _set_aside_more(graphs.leaves, held)
-            with noted(_in_backward(entry)):
+            try:
                 torch.autograd.backward(loss, retain_graph=graphs.retained[place])
+            except Exception as error:
+                add_note(error, _in_backward(entry))
+                raise
             gradients = {leaf: leaf.grad for leaf in held if leaf.grad is not None}
-            _refuse_sparse(gradients, entry.where)
-            _refuse_consumed(gradients, entry.where, graphs, place)
+            _refuse_sparse(gradients, entry)
+            _refuse_consumed(gradients, entry, graphs, place)
             if gradients.keys().isdisjoint(parameters):
-                raise _reaches_nothing(entry.where)
+                raise _reaches_nothing(entry)
             jacobian.add(entry.name, loss, gradients, eligible)
             taken[entry.name] = loss.detach()
             del loss, gradients  # and with it the graph of a closure, before the next one runs
@@ -110,7 +115,7 @@ def take_partial_rows(
                     f"{entry.where} reaches none of the conflict_parameters, so that its conflicts "
                     "cannot be measured; choose parameters that every loss uses"
                 )
-            _refuse_sparse(gradients, entry.where)
+            _refuse_sparse(gradients, entry)
             jacobian.add(entry.name, loss, gradients, set(measured))
             graphs[entry.name].append(loss)
             taken[entry.name] = loss.detach()
@@ -139,7 +144,7 @@ def weighted_backward(
         losses += some
         weight = weight / (len(some) * (len(graphs) if reduction == "mean" else 1))
         factors += [weight.to(loss).reshape(loss.shape) for loss in some]
-    found = _survey([(loss, "a loss") for loss in losses], parameters)
+    found = _survey(losses)
     with _set_aside(parameters) as held:
         _set_aside_more(found.leaves, held)
         with noted(
@@ -148,7 +153,7 @@ def weighted_backward(
         ):
             torch.autograd.backward(losses, factors)
         gradients = {leaf: leaf.grad for leaf in held if leaf.grad is not None}
-    _refuse_sparse(gradients, "a loss")
+    _refuse_sparse(gradients)
     if reduction == "released":
         for leaf, gradient in gradients.items():
             reaching = {name for place, name in enumerate(names) if found.reaches(place, leaf)}
@@ -206,7 +211,7 @@ def _losses(
                     "return its loss, the optimizer calls backward on it"
                 )
             if loss is not None:
-                checked_loss(loss, f"the closure of {entry.where}: its result", device)
+                checked_loss(loss, entry, device)
         if loss is not None:
             device = loss.device
         yield entry, loss
@@ -230,13 +235,9 @@ class _Graphs:
         return self.leaves.get(leaf, 0) | self.hidden == (1 << len(self.retained)) - 1
 
 
-def _survey(losses: Sequence[tuple[Tensor, str]], parameters: Iterable[Tensor]) -> _Graphs:
-    """Look through the graphs of losses, each node once.
-
-    Raises:
-        ValueError: a loss reaches none of the ``parameters``; before any graph is freed.
-    """
-    roots = [get_gradient_edge(loss).node for loss, _ in losses]
+def _survey(losses: Sequence[Tensor]) -> _Graphs:
+    """Look through the graphs of all losses, each node once."""
+    roots = [get_gradient_edge(loss).node for loss in losses]
     following: dict[Node, list[Node]] = {}
     waiting = dict.fromkeys(roots, 0)  # node -> edges into it that are still to be followed
     stack = list(waiting)
@@ -268,35 +269,39 @@ def _survey(losses: Sequence[tuple[Tensor, str]], parameters: Iterable[Tensor]) 
             waiting[other] -= 1
             if waiting[other] == 0:
                 ready.append(other)
-    reaching = hidden
-    for parameter in parameters:
-        reaching |= leaves.get(parameter, 0)
-    for place, (_, where) in enumerate(losses):
-        if not reaching >> place & 1:
-            raise _reaches_nothing(where)
     return _Graphs(leaves, hidden, [bool(retained >> place & 1) for place in range(len(losses))])
 
 
-def _refuse_consumed(
-    gradients: Mapping[Tensor, Tensor], where: str, graphs: _Graphs, place: int
+def _refuse_unreached(
+    entries: Sequence[Entry], graphs: _Graphs, parameters: Iterable[Tensor]
 ) -> None:
+    """Before any graph is freed: each loss must reach one of the ``parameters``, or may."""
+    reaching = graphs.hidden
+    for parameter in parameters:
+        reaching |= graphs.leaves.get(parameter, 0)
+    for place, entry in enumerate(entries):
+        if not reaching >> place & 1:
+            raise _reaches_nothing(entry)
+
+
+def _refuse_consumed(gradients: Gradients, entry: Entry, graphs: _Graphs, place: int) -> None:
     for leaf in graphs.leaves:
         hooked = getattr(leaf, "_post_accumulate_grad_hooks", None)
         if hooked and leaf not in gradients and graphs.reaches(place, leaf):
             raise ValueError(
-                f"{where}: a post-accumulate hook has consumed the gradient of a parameter of "
-                f"shape {tuple(leaf.shape)}; optimizers that step inside backward cannot be "
+                f"{entry.where}: a post-accumulate hook has consumed the gradient of a parameter "
+                f"of shape {tuple(leaf.shape)}; optimizers that step inside backward cannot be "
                 "decoupled, remove the hook"
             )
 
 
-def _refuse_sparse(gradients: Mapping[Tensor, Tensor], where: str) -> None:
+def _refuse_sparse(gradients: Gradients, entry: Entry | None = None) -> None:
     for leaf, gradient in gradients.items():
         if gradient.layout is not torch.strided:
             raise ValueError(
-                f"{where} has a sparse gradient for a parameter of shape {tuple(leaf.shape)}; use "
-                "dense gradients (for nn.Embedding: sparse=False) or give that parameter to an "
-                "optimizer of its own"
+                f"{entry.where if entry else 'a loss'} has a sparse gradient for a parameter of "
+                f"shape {tuple(leaf.shape)}; use dense gradients (for nn.Embedding: sparse=False) "
+                "or give that parameter to an optimizer of its own"
             )
 
 
@@ -308,7 +313,7 @@ def _in_backward(entry: Entry) -> str:
     )
 
 
-def _reaches_nothing(where: str) -> ValueError:
+def _reaches_nothing(entry: Entry) -> ValueError:
     return ValueError(
-        f"{where} does not depend on any parameter of this optimizer that requires grad"
+        f"{entry.where} does not depend on any parameter of this optimizer that requires grad"
     )

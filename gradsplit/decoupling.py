@@ -33,9 +33,9 @@ class Decoupling:
     >>> seen.conflicts(), seen.angles()
     ([('text', 'audio')], tensor([120.0000]))
     >>> print(seen)
-    loss    value  norm  share  weight
-    text        1     2   0.50    1.50
-    audio       1     2   0.50    1.50
+    loss   value   norm  share  weight
+    text   1.000  2.000   0.50    1.50
+    audio  1.000  2.000   0.50    1.50
     text and audio conflict (120 degrees)
     no conflicting loss dominates another: alignment 1.00
     """
@@ -136,8 +136,8 @@ class Decoupling:
         """A small table, the conflicts, and one sentence of verdict: for people."""
         columns = [
             ["loss", *self.names],
-            ["value", *(f"{value:.4g}" for value in self.losses.tolist())],
-            ["norm", *(f"{norm:.4g}" for norm in self.norms().tolist())],
+            ["value", *(f"{value:#.4g}" for value in self.losses.tolist())],
+            ["norm", *(f"{norm:#.4g}" for norm in self.norms().tolist())],
             ["share", *(f"{share:.2f}" for share in self.shares().tolist())],
             ["weight", *(f"{weight:.2f}" for weight in self.weights.tolist())],
         ]

@@ -23,7 +23,6 @@ _COLUMNS = 4096  # of one program
 _TILE = 4096  # elements that a program holds at once: rows x columns
 
 _TYPES = {
-    torch.float64: tl.float64,  # of a merged row only
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
@@ -38,37 +37,18 @@ def gramian(rows: Sequence[Tensor]) -> Tensor:
     partial = torch.empty(shape, dtype=torch.float64, device=rows[0].device)
     if programs > 0:
         with torch.cuda.device_of(partial):
-            _gramian_kernel[(programs,)](
-                _addresses(rows),
-                partial,
-                m,
-                n,
-                TYPE=_TYPES[rows[0].dtype],
-                ALIGNED=_aligned(rows),
-                M=lines,
-                COLUMNS=_COLUMNS,
-                TILE=_TILE // lines,
-            )
+            _gramian_kernel[(programs,)](_addresses(rows), partial, m, n, **_constants(rows))
     return partial.sum(0)[:m, :m]
 
 
 def merged(rows: Sequence[Tensor], weights: Tensor, dtype: torch.dtype) -> Tensor:
     """(n,), ``dtype``: sum_i w_i g_i of the same rows, ``weights`` (m,) on their device."""
-    m, n, lines = len(rows), rows[0].numel(), _lines(rows)
+    m, n, weights = len(rows), rows[0].numel(), weights.double().contiguous()
     result = torch.empty_like(rows[0], dtype=dtype)
     if n > 0:
         with torch.cuda.device_of(result):
             _merge_kernel[(triton.cdiv(n, _COLUMNS),)](
-                _addresses(rows),
-                weights.double().contiguous(),
-                result,
-                m,
-                n,
-                TYPE=_TYPES[rows[0].dtype],
-                ALIGNED=_aligned(rows),
-                M=lines,
-                COLUMNS=_COLUMNS,
-                TILE=_TILE // lines,
+                _addresses(rows), weights, result, m, n, **_constants(rows)
             )
     return result
 
@@ -86,8 +66,15 @@ def _addresses(rows: Sequence[Tensor]) -> Tensor:
     return table
 
 
-def _aligned(rows: Sequence[Tensor]) -> bool:
-    return all(row.data_ptr() % 16 == 0 for row in rows)
+def _constants(rows: Sequence[Tensor]) -> dict[str, object]:
+    """What a kernel is compiled for."""
+    return {
+        "TYPE": _TYPES[rows[0].dtype],
+        "ALIGNED": all(row.data_ptr() % 16 == 0 for row in rows),
+        "M": _lines(rows),
+        "COLUMNS": _COLUMNS,
+        "TILE": _TILE // _lines(rows),
+    }
 
 
 @triton.jit

@@ -2,25 +2,29 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Entry", "Losses", "checked_loss", "join_losses", "noted", "read_losses"]
+__all__ = ["Entry", "Losses", "add_note", "checked_loss", "join_losses", "noted", "read_losses"]
 
 Closure = Callable[[], Tensor | None]
 Losses = Mapping[str | tuple[str, ...], Tensor | Closure | None] | Sequence[Tensor | Closure | None]
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One loss as the user gave it."""
 
     name: str
-    where: str  # for messages: "loss 2 of 4 ('text+audio')"
     loss: Tensor | Closure | None
+    place: int  # 1 ... m
+    of: int  # m
+
+    @property
+    def where(self) -> str:
+        """For messages: "loss 2 of 4 ('text+audio')"."""
+        return f"loss {self.place} of {self.of} ({self.name!r})"
 
 
 def read_losses(losses: Losses, needs_grad: bool = True) -> list[Entry]:
@@ -49,19 +53,19 @@ def read_losses(losses: Losses, needs_grad: bool = True) -> list[Entry]:
     if not values:
         raise ValueError("losses is empty: give one loss per modality or combination")
     _refuse_double_names(names)
-    wheres = [f"loss {i} of {len(names)} ({name!r})" for i, name in enumerate(names, start=1)]
-    entries = [Entry(*entry) for entry in zip(names, wheres, values, strict=True)]
-    seen: dict[int, str] = {}
+    pairs = enumerate(zip(names, values, strict=True), start=1)
+    entries = [Entry(name, value, place, len(names)) for place, (name, value) in pairs]
+    seen: dict[Tensor, Entry] = {}
     device: torch.device | None = None
     for entry in entries:
         if isinstance(entry.loss, Tensor):
-            if id(entry.loss) in seen:
+            if entry.loss in seen:
                 raise ValueError(
-                    f"{entry.where} is the same tensor as {seen[id(entry.loss)]}; give each loss "
+                    f"{entry.where} is the same tensor as {seen[entry.loss].where}; give each loss "
                     "once, under one name"
                 )
-            seen[id(entry.loss)] = entry.where
-            device = checked_loss(entry.loss, entry.where, device, needs_grad).device
+            seen[entry.loss] = entry
+            device = checked_loss(entry.loss, entry, device, needs_grad).device
         elif entry.loss is not None and not callable(entry.loss):
             raise TypeError(
                 f"{entry.where} must be a scalar loss tensor, a closure or None; "
@@ -71,9 +75,13 @@ def read_losses(losses: Losses, needs_grad: bool = True) -> list[Entry]:
 
 
 def checked_loss(
-    loss: Any, where: str, device: torch.device | None, needs_grad: bool = True
+    loss: Any, entry: Entry, device: torch.device | None, needs_grad: bool = True
 ) -> Tensor:
-    """``loss``, if it is a real scalar on ``device`` (None: anywhere) that requires grad."""
+    """``loss``, if it is a real scalar on ``device`` (None: anywhere) that requires grad.
+
+    It is that of ``entry``, or what its closure has returned.
+    """
+    where = entry.where if loss is entry.loss else f"the closure of {entry.where}: its result"
     if not isinstance(loss, Tensor):
         raise TypeError(f"{where} must be a scalar loss or None, got {_describe(loss)}")
     if loss.dim() > 1 or loss.numel() != 1:
@@ -110,9 +118,14 @@ def noted(note: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if hasattr(error, "add_note"):  # Python 3.11
-            error.add_note(f"gradsplit: {note}")
+        add_note(error, note)
         raise
+
+
+def add_note(error: BaseException, note: str) -> None:
+    """Say more of an exception that passes through, where Python can (3.11)."""
+    if hasattr(error, "add_note"):
+        error.add_note(f"gradsplit: {note}")
 
 
 def _name(key: Any) -> str:

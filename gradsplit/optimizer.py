@@ -19,7 +19,7 @@ from gradsplit.backward import add_gradients, take_partial_rows, take_rows, weig
 from gradsplit.decoupling import Decoupling
 from gradsplit.jacobian import Jacobian
 from gradsplit.joint import joint_loss
-from gradsplit.losses import Entry, Losses, read_losses
+from gradsplit.losses import Entry, Losses, add_note, read_losses
 from gradsplit.rows import has_triton
 
 __all__ = ["ModalityDecoupledOptimizer"]
@@ -34,6 +34,18 @@ _MERGES = "gradsplit_merges"
 # torch.compile does not trace these methods: it would take a minute to compile and gain nothing.
 # (torch.optim's own decorator; that of torch.compiler would import the compiler with gradsplit.)
 _untraced = torch._disable_dynamo  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class _Options:
+    """The constructor's, checked. The defaults are for pickles that are older than an option."""
+
+    rule: str | Rule = "gmd"
+    scope: str | list[Tensor] = "shared"
+    reduction: str = "mean"
+    fused: bool | None = None
+    conflict_parameters: list[Tensor] | None = None
+    row_dtype: torch.dtype | None = None
 
 
 @dataclass
@@ -206,26 +218,11 @@ class ModalityDecoupledOptimizer(Optimizer):
         # as they are: a stand-in takes those assignments.
         self._base: Optimizer = SGD([torch.empty(0, requires_grad=True)], lr=0.0)
         super().__init__(self._base.param_groups, self._base.defaults)
-        self._adopt(base, rule, scope, reduction, fused, measured, row_dtype)
+        self._adopt(base, _Options(rule, scope, reduction, fused, measured, row_dtype))
         self._write_counters(seed, 0)
 
-    def _adopt(
-        self,
-        base: Optimizer,
-        rule: str | Rule = "gmd",
-        scope: str | list[Tensor] = "shared",
-        reduction: str = "mean",
-        fused: bool | None = None,
-        conflict_parameters: list[Tensor] | None = None,
-        row_dtype: torch.dtype | None = None,
-    ) -> None:
-        self._base = base
-        self._rule = rule
-        self._scope = scope
-        self._reduction = reduction
-        self._fused = fused
-        self._conflict_parameters = conflict_parameters
-        self._row_dtype = row_dtype
+    def _adopt(self, base: Optimizer, options: _Options) -> None:
+        self._base, self._options = base, options
         # Proxies (Lightning, Fabric) share these containers: they are changed, never rebound.
         self._windows: list[_Window] = []  # the one with pending rows, if there is one
         self._reports: list[Decoupling] = []
@@ -321,7 +318,7 @@ class ModalityDecoupledOptimizer(Optimizer):
         """
         self._refuse_inside_closure("joint()")
         entries = read_losses(losses, needs_grad=torch.is_grad_enabled())
-        return joint_loss(entries, self._reduction, self.backward)
+        return joint_loss(entries, self._options.reduction, self.backward)
 
     # torch declares step(closure); a mapping or sequence of losses is our extension of it.
     @_untraced
@@ -355,25 +352,12 @@ class ModalityDecoupledOptimizer(Optimizer):
         {'text': tensor(3.), 'audio': None}
         """
         self._refuse_inside_closure("step()")
-        if closure is None:
-            self._refuse_pending()
-            result = self._base.step()
-            self._warn_of_plain_steps()
-            return result
-        if callable(closure) and not isinstance(closure, Mapping | Sequence):
-
-            def checked() -> Any:
-                value = closure()
-                # Both before the base changes anything.
+        if closure is None or (callable(closure) and not isinstance(closure, Mapping | Sequence)):
+            if closure is None:
                 self._refuse_pending()
-                if isinstance(value, Mapping | Sequence):
-                    raise TypeError(
-                        "closure returned several losses; step takes the losses themselves, or a "
-                        "mapping or sequence with one closure per loss"
-                    )
-                return value
-
-            result = self._base.step(checked)
+                result: Any = self._base.step()
+            else:
+                result = self._base.step(self._checked(closure))
             self._warn_of_plain_steps()
             return result
         self._refuse_pending()
@@ -382,6 +366,21 @@ class ModalityDecoupledOptimizer(Optimizer):
         if isinstance(closure, Mapping):
             return dict(zip(closure, taken.values(), strict=True))
         return (tuple if isinstance(closure, tuple) else list)(taken.values())
+
+    def _checked(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """A torch closure, with what must be seen to before the base changes anything."""
+
+        def checked() -> Any:
+            value = closure()
+            self._refuse_pending()
+            if isinstance(value, Mapping | Sequence):
+                raise TypeError(
+                    "closure returned several losses; step takes the losses themselves, or a "
+                    "mapping or sequence with one closure per loss"
+                )
+            return value
+
+        return checked
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset ``.grad`` of all parameters, and drop pending rows.
@@ -404,7 +403,7 @@ class ModalityDecoupledOptimizer(Optimizer):
     ) -> tuple[Decoupling, dict[str, Tensor | None]]:
         with self._taken(losses, last=True) as (window, taken):
             jacobian = window.jacobian
-            gramian = jacobian.gramian(self._fused)
+            gramian = jacobian.gramian(self._options.fused)
             # One loss has no conflicts: exactly its gradient, NaN only where it has NaN.
             alone = len(gramian) == 1 or not jacobian.blocks
             weights = torch.ones_like(gramian[0]) if alone else self._weights(gramian)
@@ -415,11 +414,13 @@ class ModalityDecoupledOptimizer(Optimizer):
                 gramian=gramian,
                 weights=weights,
             )
-            if self._conflict_parameters is None:
-                merged = jacobian.merged(weights, self._reduction, self._fused)
+            if self._options.conflict_parameters is None:
+                merged = jacobian.merged(weights, self._options.fused)
             else:
                 trainable = self._trainable()
-                merged = weighted_backward(window.graphs, weights, trainable, self._reduction)
+                merged = weighted_backward(
+                    window.graphs, weights, trainable, self._options.reduction
+                )
         self._windows.clear()
         if replace:
             self._base.zero_grad()
@@ -453,11 +454,11 @@ class ModalityDecoupledOptimizer(Optimizer):
         except BaseException as error:
             if earlier and jacobian.backwards > earlier:
                 self._windows.clear()
-                if hasattr(error, "add_note"):  # Python 3.11
-                    error.add_note(
-                        "gradsplit: rows accumulated from earlier micro-batches had already been "
-                        "added to and were dropped; start the accumulation again"
-                    )
+                add_note(
+                    error,
+                    "rows accumulated from earlier micro-batches had already been added to and "
+                    "were dropped; start the accumulation again",
+                )
             raise
         finally:
             self._active.clear()
@@ -465,10 +466,10 @@ class ModalityDecoupledOptimizer(Optimizer):
 
     def _take(self, entries: list[Entry], window: _Window) -> dict[str, Tensor | None]:
         trainable = self._trainable()
-        if self._conflict_parameters is None:
-            scope = trainable if isinstance(self._scope, str) else self._scope
+        if self._options.conflict_parameters is None:
+            scope = trainable if isinstance(self._options.scope, str) else self._options.scope
             return take_rows(entries, trainable, window.jacobian, set(scope))
-        measured = [p for p in self._conflict_parameters if p.requires_grad]
+        measured = [p for p in self._options.conflict_parameters if p.requires_grad]
         if not measured:
             raise ValueError(
                 "conflict_parameters: none of them requires grad any more, so that conflicts "
@@ -479,8 +480,10 @@ class ModalityDecoupledOptimizer(Optimizer):
     def _window(self, keyed: bool, last: bool) -> _Window:
         """The one with pending rows, or a new one."""
         if not self._windows:
-            shared = self._scope == "shared" and self._conflict_parameters is None
-            return _Window(keyed, Jacobian(shared, last, self._row_dtype))
+            shared = self._options.scope == "shared" and self._options.conflict_parameters is None
+            return _Window(
+                keyed, Jacobian(shared, last, self._options.reduction, self._options.row_dtype)
+            )
         window = self._windows[0]
         if window.keyed != keyed:
             kinds = ("a sequence", "a mapping")
@@ -495,15 +498,15 @@ class ModalityDecoupledOptimizer(Optimizer):
 
     def _weights(self, gramian: Tensor) -> Tensor:
         m = len(gramian)
-        if self._rule == "gmd":
+        if self._options.rule == "gmd":
             return rules.gmd(gramian)
-        if self._rule == "pcgrad":
+        if self._options.rule == "pcgrad":
             seed, merges = self._counter(_SEED), self._counter(_MERGES)
             return rules.pcgrad(gramian, rules.draw_order(m, seed, merges, gramian.device))
-        if self._rule == "sum":
+        if self._options.rule == "sum":
             return torch.ones_like(gramian[0])
-        assert callable(self._rule)
-        weights = self._rule(gramian.clone())  # the report keeps its own
+        assert callable(self._options.rule)
+        weights = self._options.rule(gramian.clone())  # the report keeps its own
         if not isinstance(weights, Tensor):
             raise TypeError(f"rule must return a tensor of weights, got {type(weights).__name__}")
         if weights.shape != (m,):
@@ -537,7 +540,7 @@ class ModalityDecoupledOptimizer(Optimizer):
                 "two steps and nothing has been decoupled: give this optimizer the losses one by "
                 "one, opt.backward(losses), or opt.joint(losses) where a framework calls backward; "
                 "loss.backward() is plain training",
-                stacklevel=4,
+                stacklevel=6,  # of whoever calls step, through what torch has wrapped around it
             )
 
     # -- the contract of torch.optim -----------------------------------------------------------
@@ -574,10 +577,10 @@ class ModalityDecoupledOptimizer(Optimizer):
     def param_groups(self, value: list[dict[str, Any]]) -> None:
         self._base.param_groups = value
 
-    def train(self, mode: bool = True) -> None:
+    def train(self) -> None:
         """The base's, where it has one (schedule-free optimizers)."""
         if hasattr(self._base, "train"):
-            self._base.train(mode) if mode is not True else self._base.train()
+            self._base.train()
 
     def eval(self) -> None:
         """The base's, where it has one."""
@@ -634,21 +637,13 @@ class ModalityDecoupledOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._warn_pending("a copy or pickle")
-        return {
-            "base": self._base,
-            "rule": self._rule,
-            "scope": self._scope,
-            "reduction": self._reduction,
-            "fused": self._fused,
-            "conflict_parameters": self._conflict_parameters,
-            "row_dtype": self._row_dtype,
-            "scheduled": hasattr(self.step, "_wrapped_by_lr_sched"),
-        }
+        scheduled = hasattr(self.step, "_wrapped_by_lr_sched")
+        return {"base": self._base, "scheduled": scheduled, **vars(self._options)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         options = dict(state)
-        scheduled = options.pop("scheduled", False)
-        self._adopt(**options)  # which knows what an older pickle lacks
+        base, scheduled = options.pop("base"), options.pop("scheduled", False)
+        self._adopt(base, _Options(**options))
         super().__setstate__({})
         if scheduled:
             # A learning-rate scheduler had patched step. Its patch holds on to the original
@@ -656,15 +651,13 @@ class ModalityDecoupledOptimizer(Optimizer):
             self.step = types.MethodType(_scheduled_step, self)  # type: ignore[method-assign]
 
     def __repr__(self) -> str:
-        scope = self._scope if isinstance(self._scope, str) else f"{len(self._scope)} parameters"
-        measured = ""
-        if self._conflict_parameters is not None:
-            measured = f"conflict_parameters={len(self._conflict_parameters)} parameters, "
-        return (
-            f"{type(self).__name__}(rule={self._rule!r}, scope={scope!r}, "
-            f"reduction={self._reduction!r}, fused={self._fused!r}, "
-            f"{measured}row_dtype={self._row_dtype}, base={self._base!r})"
-        )
+        options = {
+            name: f"{len(value)} parameters" if isinstance(value, list) else repr(value)
+            for name, value in vars(self._options).items()
+            if value is not None
+        }
+        listed = ", ".join(f"{name}={value}" for name, value in options.items())
+        return f"{type(self).__name__}({listed}, base={self._base!r})"
 
     def _counter(self, key: str) -> int:
         value: int = self.param_groups[0].get(key, 0)

@@ -6,6 +6,7 @@ everything else, and are what the kernels are tested against.
 
 import functools
 import importlib.util
+import math
 import os
 from collections.abc import Sequence
 
@@ -63,15 +64,15 @@ def merged(
 
 def gramian_ref(rows: Sequence[Tensor]) -> Tensor:
     """The plain path of :func:`gramian`."""
-    if not _narrow(rows):
-        return _products(rows, torch.float64)
-    found = _products(rows, torch.float32)
-    # A float32 product can lose 2^-126; what is lost may be 2^-30 of K_jj. Rows of zeros, and rows
-    # with inf or NaN, are computed twice too. The largest elements would tell beforehand, but
-    # finding them costs more than one read of the rows, in every step.
-    squares = found.diagonal()
-    resolved = squares.isfinite() & (squares >= rows[0].numel() * 2.0**-96)
-    return found if bool(resolved.all()) else _products(rows, torch.float64)
+    if _narrow(rows):
+        found = _products(rows, torch.float32)
+        # A float32 product can lose 2^-126; what is lost may be 2^-30 of K_jj. Rows of zeros, and
+        # rows with inf or NaN, are computed twice too. The largest elements would tell beforehand,
+        # but finding them costs more than one read of the rows, in every step.
+        least = rows[0].numel() * 2.0**-96
+        if all(least <= square < math.inf for square in found.diagonal().tolist()):
+            return found
+    return _products(rows, torch.float64)
 
 
 def merged_ref(rows: Sequence[Tensor], weights: Tensor, dtype: torch.dtype) -> Tensor:
@@ -97,21 +98,24 @@ def _products(rows: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     m, n, device = len(rows), rows[0].numel(), rows[0].device
     # BLAS stumbles over odd numbers of rows: sixteen take two thirds of the time of fifteen.
     lines = m if m <= 12 else -(-m // 8) * 8
-    width = max(1, -(-min(_TOGETHER // lines, n) // _RUN)) * _RUN
+    width = min(_TOGETHER // lines, n) // _RUN * _RUN + _RUN
     buffer = torch.empty(lines, width, dtype=dtype, device=device)
-    buffer[m:] = 0.0  # nobody reads their products, but NaN and the like take time
-    runs = buffer.view(lines, -1, _RUN).transpose(0, 1)
+    if m < lines:
+        buffer[m:] = 0.0  # nobody reads their products, but NaN and the like take time
     total = torch.zeros(lines, lines, dtype=torch.float64, device=device)
     for start in range(0, n, width):
         parts = [row[start : start + width] for row in rows]
         filled = len(parts[0])
-        if filled < width:
-            buffer[:, filled:] = 0.0
+        whole = -(-filled // _RUN) * _RUN
+        if filled < whole:
+            buffer[:, filled:whole] = 0.0
         torch._foreach_copy_(buffer[:m, :filled].unbind(), parts)
-        with torch.autocast("cpu", enabled=False):
-            total += torch.bmm(runs, runs.transpose(1, 2)).sum(0, dtype=total.dtype)
-    upper = total[:m, :m].triu()
-    return upper + upper.triu(1).T
+        runs = buffer[:, :whole].view(lines, -1, _RUN).transpose(0, 1)
+        products = torch.empty(len(runs), lines, lines, dtype=dtype, device=device)
+        torch.bmm(runs, runs.transpose(1, 2), out=products)  # autocast leaves out= alone
+        total += products.sum(0, dtype=total.dtype)
+    total = total[:m, :m]
+    return (total + total.T) / 2  # symmetric to the last bit, which a BLAS does not promise
 
 
 def _narrow(rows: Sequence[Tensor]) -> bool:

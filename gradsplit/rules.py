@@ -135,7 +135,7 @@ def _signed(value: int) -> int:
 def _squared_norms(gramian: Tensor) -> Tensor:
     """(..., m): the diagonal, with 1 for zero rows, whose conflicts are zero too: 0 / 1 = 0."""
     diagonal = gramian.diagonal(dim1=-2, dim2=-1)
-    return torch.where(diagonal == 0, 1.0, diagonal)
+    return diagonal + (diagonal == 0)
 
 
 def _checked(gramian: Tensor) -> Tensor:
