@@ -389,7 +389,7 @@ def _measured_step(training: Training, prepared: Prepared, config: Config) -> tu
 
     names = list(itertools.compress(MODALITIES, batch["available"].any(0).tolist()))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        training.losses(batch, [(name,) for name in names], 1)
+        training.losses(batch, [(name,) for name in names])
     seconds = None
     while seconds is None:
         started = time.perf_counter()

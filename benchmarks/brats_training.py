@@ -455,8 +455,8 @@ class Training:
     def _step(self, window: Sequence[Sample], combinations: Sequence[Combination]) -> float:
         self.optimizer.zero_grad()
         for batch in window[:-1]:
-            self.optimizer.accumulate(self.losses(batch, combinations, len(window)))
-        report = self.optimizer.backward(self.losses(window[-1], combinations, len(window)))
+            self.optimizer.accumulate(self.losses(batch, combinations))
+        report = self.optimizer.backward(self.losses(window[-1], combinations))
         if self.config.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
@@ -475,7 +475,7 @@ class Training:
         return mean
 
     def losses(
-        self, batch: Sample, combinations: Sequence[Combination], micro_batches: int
+        self, batch: Sample, combinations: Sequence[Combination]
     ) -> dict[str | Combination, Tensor | None]:
         """One loss per combination, over the samples that have all of its modalities."""
         volume = batch["volume"].to(self.device, non_blocking=True)
@@ -493,7 +493,7 @@ class Training:
             if not has[combination].all():
                 rows = has[combination].to(label.device)
                 one, target = one[rows], label[rows]
-            loss = segmentation_loss(self.config.loss, one, target) / micro_batches
+            loss = segmentation_loss(self.config.loss, one, target)
             losses[combination] = self.scaler.scale(loss)
         return losses
 

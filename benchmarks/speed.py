@@ -5,12 +5,14 @@
     python -m benchmarks.speed --parts projection,step --threads 1
     python -m benchmarks.speed --device cuda
 
-projection  rows that are there -> Gramian, rule, merged gradient: for m rows of n elements, against
-            one read of the data, PCGrad pair by pair, and TorchJD's PCGrad and UPGrad
-step        forward and backward: the BraTS U-Net (15 losses), the sentiment transformer (7) and an
-            MLP of 100 tensors (8), against plain backwards and TorchJD; once with a forward that
-            all losses share, once with one forward per loss
-memory      of these: live gradients and resident memory, each in a process of its own; on the CPU
+projection  gradients -> flat rows -> Gramian, rule, merged gradient: m rows of n elements, against
+            one read of the data, PCGrad pair by pair, and TorchJD's PCGrad and UPGrad; on a GPU
+            also the bandwidth that the kernels reach
+step        forward and backward: the BraTS U-Net (15 losses), the sentiment transformer (7), and
+            MLPs of 100 tensors (8) and of 6 (4), against plain backwards and TorchJD; once with a
+            forward that all losses share, once with one forward per loss
+memory      of U-Net, MLP and private encoders with a small head: live gradients and resident
+            memory, each in a process of its own; on the CPU
 growth      time against m and n, with fitted exponents
 
 Results go to results/speed-DATE: results.json with every single time, table.md, projection.png,
@@ -19,7 +21,7 @@ step.png. Nothing is kept of a run that is interrupted.
 
 import argparse
 import datetime
-import gc
+import functools
 import io
 import itertools
 import os
@@ -42,6 +44,7 @@ from benchmarks.speed_memory import in_own_process
 from benchmarks.speed_methods import (
     FUSED,
     GROWING,
+    KERNELS,
     LOOP,
     METHODS,
     PROJECTIONS,
@@ -71,9 +74,10 @@ class Sizes:
         modalities, width, crop, batch: of the U-Net; ``crop_apart`` with one forward per loss:
             TorchJD's differentiation of 15 graphs would take minutes.
         frames, utterances: of the sentiment transformer's batch.
-        mlp: layers and width.
-        memory: the widths of MLP and U-Net whose memory is measured; with ``one_process`` all
-            methods in one, which is quicker and less exact.
+        mlp, small_mlp: layers and width.
+        repeats: steps of the small MLP in one run, and most of a projection.
+        memory: the widths of MLP, U-Net and encoders whose memory is measured; with
+            ``one_process`` all methods in one, which is quicker and less exact.
         growing_losses, growing_widths: of the MLPs in the growth part.
     """
 
@@ -90,7 +94,9 @@ class Sizes:
     frames: int = 50
     utterances: int = 32
     mlp: tuple[int, int] = (50, 128)
-    memory: tuple[int, int] = (256, 16)
+    small_mlp: tuple[int, int] = (3, 64)
+    repeats: int = 20
+    memory: tuple[int, int, int] = (256, 16, 1000)
     one_process: bool = False
     growing_losses: tuple[int, ...] = (2, 4, 8, 16, 32)
     growing_widths: tuple[int, ...] = (64, 128, 256, 512)
@@ -98,16 +104,17 @@ class Sizes:
 
 FULL = Sizes()
 QUICK = Sizes(
-    rounds=2,
+    rounds=1,
     rows=(4, 15),
     columns=(10_000, 100_000),
     modalities=2,
     width=8,
-    crop=16,
+    crop=8,
     frames=10,
     utterances=8,
     mlp=(10, 32),
-    memory=(64, 8),
+    repeats=2,
+    memory=(64, 8, 64),
     one_process=True,
     growing_losses=(2, 4),
     growing_widths=(16, 32),
@@ -162,7 +169,8 @@ def measure_projection(setting: Setting) -> list[dict[str, Any]]:
                 bar.update(len(names) * (sizes.rounds + 1))
                 continue
             jacobian = Jacobian.random(m, unet_sizes(n), setting.device)
-            contenders = {name: _projecting(PROJECTIONS[name], jacobian) for name in names}
+            repeats = min(sizes.repeats, max(1, 10_000_000 // (m * n)))
+            contenders = {name: _projecting(PROJECTIONS[name], jacobian, repeats) for name in names}
             # A meeting of two rows reads and writes about as much as six reads of a row.
             contenders[READ].run(setting.synchronise)
             expected = 6 * m * sum(contenders[READ].run(setting.synchronise))
@@ -172,38 +180,40 @@ def measure_projection(setting: Setting) -> list[dict[str, Any]]:
                 bar.update(sizes.rounds + 1)
             taken = setting.time(contenders, bar, f"m = {m}, n = {n:.0e}")
             cell["seconds"] = {name: [run[0] for run in runs] for name, runs in taken.items()}
+            if FUSED in names:
+                kernels = {name: _projecting(run, jacobian) for name, (_, run) in KERNELS.items()}
+                taken = round_robin(kernels, sizes.rounds, synchronise=setting.synchronise)
+                cell["kernels"] = {name: [run[0] for run in runs] for name, runs in taken.items()}
+                del kernels
             del jacobian, contenders
     return cells
 
 
-def _projecting(project: Callable[[Jacobian], Any], jacobian: Jacobian) -> Contender:
-    return Contender([project], jacobian.fresh)
+def _projecting(
+    project: Callable[[Jacobian], Any], jacobian: Jacobian, repeats: int = 1
+) -> Contender:
+    return Contender([project], lambda: jacobian, repeats)
 
 
 def measure_step(setting: Setting) -> dict[str, Any]:
     """Seconds of forward and backward by scene and method; and of the U-Net's forwards."""
     sizes, device = setting.sizes, setting.device
 
-    def unet() -> UNetTask:
-        return UNetTask(sizes.modalities, sizes.width, sizes.crop, sizes.batch, device)
+    def unet(crop: int) -> UNetTask:
+        return UNetTask(sizes.modalities, sizes.width, crop, sizes.batch, device)
 
-    def unet_apart() -> UNetTask:
-        return UNetTask(sizes.modalities, sizes.width, sizes.crop_apart, sizes.batch, device)
-
-    def sentiment() -> Task:
-        return SentimentTask(sizes.frames, sizes.utterances, device)
-
-    def mlp() -> Task:
-        return MLPTask(*sizes.mlp, 8, sizes.utterances, device)
-
+    makers: dict[str, Callable[[bool], Task]] = {
+        "U-Net": lambda apart: unet(sizes.crop_apart if apart else sizes.crop),
+        "sentiment": lambda apart: SentimentTask(sizes.frames, sizes.utterances, device),
+        "MLP": lambda apart: MLPTask(*sizes.mlp, 8, sizes.utterances, device),
+        "small MLP": lambda apart: MLPTask(*sizes.small_mlp, 4, sizes.utterances, device),
+    }
     scenes: list[dict[str, Any]] = []
-    kinds = [
-        ("U-Net", unet, False), ("sentiment", sentiment, False), ("MLP", mlp, False),
-        ("U-Net", unet_apart, True), ("sentiment", sentiment, True), ("MLP", mlp, True),
-    ]  # fmt: skip
-    runs = (len(kinds) * len(METHODS) + len(_FORWARDS)) * (sizes.rounds + 1)
+    runs = (2 * len(makers) * len(METHODS) + len(_FORWARDS)) * (sizes.rounds + 1)
     with setting.bar("step", runs) as bar:
-        for name, make, forwards_apart in kinds:
+        for forwards_apart, name in itertools.product((False, True), makers):
+            make = functools.partial(makers[name], forwards_apart)
+            repeats = sizes.repeats if name == "small MLP" else 1
             tasks = {method.name: make() for method in METHODS}  # autogram changes its model
             contenders = {
                 method.name: Contender(
@@ -212,6 +222,7 @@ def measure_step(setting: Setting) -> dict[str, Any]:
                         method.backward(tasks[method.name]),
                     ],
                     tasks[method.name].clear,
+                    repeats,
                 )
                 for method in METHODS
                 if method.fits(tasks[method.name], forwards_apart)
@@ -236,7 +247,7 @@ def measure_step(setting: Setting) -> dict[str, Any]:
                 }
             )
             del tasks, contenders, task
-        ways = {name: _forwarding(run, unet()) for name, run in _FORWARDS.items()}
+        ways = {name: _forwarding(run, unet(sizes.crop)) for name, run in _FORWARDS.items()}
         taken = setting.time(ways, bar, "U-Net's forwards")
     return {
         "scenes": scenes,
@@ -332,12 +343,7 @@ def run_parts(
 ) -> dict[str, Any]:
     """What each of ``parts`` measured, as it is written to results.json."""
     setting = Setting(sizes, torch.device("cpu") if device is None else device, progress)
-    gc.collect()
-    gc.freeze()  # what exists now is not looked at again: collecting between runs takes no time
-    try:
-        return {part: _MEASURES[part](setting) for part in PARTS if part in parts}
-    finally:
-        gc.unfreeze()
+    return {part: _MEASURES[part](setting) for part in PARTS if part in parts}
 
 
 # --- command line --------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.speed_methods import METHODS, Method, MLPTask, Task, UNetTask
+from benchmarks.speed_methods import METHODS, EncodersTask, Method, MLPTask, Task, UNetTask
 from benchmarks.speed_timing import LiveBytes, reset_peak_resident, resident_bytes
 
 __all__ = ["in_own_process", "measure"]
@@ -26,9 +26,10 @@ def measure(method: Method, make: Callable[[], Task]) -> dict[str, Any]:
 
     Returns:
         losses (m), elements (n); live: at most alive at once of all tensors that the backward
-        made; resident: growth of the process from before the forward to the peak, None where the
-        system does not tell.
+        made, and the forwards of closures; resident: growth of the process from before the forward
+        to the peak, None where the system does not tell.
     """
+    gc.freeze()  # what exists now is not looked at again: collecting takes less time
     task = make()
     forward, run = method.forward_of(task, apart=False), method.backward(task)
 
@@ -49,17 +50,18 @@ def measure(method: Method, make: Callable[[], Task]) -> dict[str, Any]:
         run(found)
     elements = sum(parameter.numel() for parameter in task.parameters())
     m = len(found[0]) if method.forward == "features" else len(found)
+    gc.unfreeze()
     return {"losses": m, "elements": elements, "live": live.peak, "resident": resident}
 
 
 def in_own_process(
-    methods: Sequence[str], widths: tuple[int, int], layers: int, modalities: int
+    methods: Sequence[str], widths: tuple[int, int, int], layers: int, modalities: int
 ) -> list[dict[str, Any]]:
     """What :func:`measure` says of ``methods``, one after another in a process of their own.
 
     Args:
         methods: names, of METHODS.
-        widths: of the MLP and the U-Net.
+        widths: of the MLP, the U-Net and the private encoders.
         layers: of the MLP.
         modalities: of the U-Net.
 
@@ -87,12 +89,13 @@ def in_own_process(
 
 
 def main(argv: Sequence[str]) -> int:
-    names, (mlp, unet), layers, modalities, threads = json.loads(argv[0])
+    names, (mlp, unet, encoders), layers, modalities, threads = json.loads(argv[0])
     torch.set_num_threads(threads)
     tasks: dict[str, Callable[[], Task]] = {
         # Small batches and crops: what a forward keeps is little next to the rows.
         "MLP": lambda: MLPTask(layers=layers, width=mlp, losses=8, batch=2, device=_CPU),
         "U-Net": lambda: UNetTask(modalities, width=unet, crop=16, batch=1, device=_CPU),
+        "encoders": lambda: EncodersTask(encoders, _CPU),
     }
     found = [
         {"task": task, "method": method.name, **measure(method, make)}

@@ -3,6 +3,7 @@
 A new way is one line in METHODS (whole steps) or in PROJECTIONS (rows that are already there).
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,14 +17,17 @@ from torchjd.autogram import Engine
 from torchjd.autojac import backward, jac_to_grad, mtl_backward
 
 from gradsplit import ModalityDecoupledOptimizer, modality_combinations, rules
-from gradsplit.gramian import gramian, merge
+from gradsplit.jacobian import Block
+from gradsplit.rows import gramian, merged
 from gradsplit.sharing import fuse_available
 from reference_models.sentiment_transformer import SentimentTransformer, SentimentTransformerConfig
 from reference_models.unet3d import DynamicSharingUNet3d, UNet3dConfig
 
 __all__ = [
+    "KERNELS",
     "METHODS",
     "PROJECTIONS",
+    "EncodersTask",
     "Jacobian",
     "MLPTask",
     "Method",
@@ -47,15 +51,18 @@ class Jacobian:
 
     Attributes:
         parameters: the keys of the rows; their content is never touched.
-        rows: m mappings parameter -> gradient, each gradient a tensor of its own.
+        rows: m mappings parameter -> gradient, each gradient a tensor of its own, as autograd
+            leaves them.
         matrix: (m, n), a copy of the same numbers.
         orders: (m, m), row i a permutation: whom row i meets, one after another.
+        weights: (m,), of a merge that is timed alone.
     """
 
     parameters: list[Tensor]
     rows: list[dict[Tensor, Tensor]]
     matrix: Tensor
     orders: Tensor
+    weights: Tensor
 
     @classmethod
     def random(cls, rows: int, sizes: Sequence[int], device: torch.device) -> "Jacobian":
@@ -67,12 +74,8 @@ class Jacobian:
             for line in matrix
         ]
         orders = torch.stack([torch.randperm(rows) for _ in range(rows)])
-        return cls(parameters, mappings, matrix, orders)
-
-    def fresh(self) -> "Jacobian":
-        """One to be used up: a merge empties the rows, and their memory with them."""
-        rows = [{parameter: row[parameter].clone() for parameter in row} for row in self.rows]
-        return Jacobian(self.parameters, rows, self.matrix, self.orders)
+        weights = torch.ones(rows, dtype=torch.float64, device=device)
+        return cls(parameters, mappings, matrix, orders, weights)
 
 
 def unet_sizes(columns: int) -> list[int]:
@@ -102,21 +105,40 @@ def pairwise_pcgrad(matrix: Tensor, orders: Tensor) -> Tensor:
 
 def _ours(fused: bool) -> Callable[[Jacobian], Any]:
     def project(jacobian: Jacobian) -> dict[Tensor, Tensor]:
-        measured = gramian(jacobian.rows, jacobian.parameters, fused)
-        return merge(jacobian.rows, jacobian.parameters, rules.gmd(measured), fused)
+        block = Block(jacobian.parameters, jacobian.matrix.dtype)
+        for number, gradients in enumerate(jacobian.rows):
+            block.add(number, list(gradients.values()))
+        return block.gradients(_decoupled_row(block.in_order()[1], fused))
 
     return project
 
 
-READ, OURS, LOOP, JD_PCGRAD = "one read", "ours", "pairwise loop", "TorchJD PCGrad"
+def _decoupled_row(rows: Sequence[Tensor], fused: bool | None) -> Tensor:
+    return merged(rows, rules.gmd(gramian(rows, fused)), rows[0].dtype, fused)
+
+
+READ, OURS, FILLED, LOOP = "one read", "ours", "ours, rows filled", "pairwise loop"
+JD_PCGRAD = "TorchJD PCGrad"
 FUSED = "ours, fused"  # on a GPU only: Triton's interpreter is not made for speed
 PROJECTIONS: Mapping[str, Callable[[Jacobian], Any]] = {
     READ: lambda jacobian: jacobian.matrix.sum(),
     OURS: _ours(fused=False),
     FUSED: _ours(fused=True),
+    FILLED: lambda jacobian: _decoupled_row(jacobian.matrix.unbind(), None),
     LOOP: lambda jacobian: pairwise_pcgrad(jacobian.matrix, jacobian.orders),
     JD_PCGRAD: lambda jacobian: PCGrad()(jacobian.matrix),
     "TorchJD UPGrad": lambda jacobian: UPGrad()(jacobian.matrix),
+}
+
+COPY = "device copy"
+KERNELS: Mapping[str, tuple[Callable[[int], int], Callable[[Jacobian], Any]]] = {
+    # On a GPU: how many rows are read and written, of m, and what is timed.
+    COPY: (lambda m: 2 * m, lambda jacobian: jacobian.matrix.clone()),
+    "fused Gramian": (lambda m: m, lambda jacobian: gramian(jacobian.matrix.unbind())),
+    "fused merge": (
+        lambda m: m + 1,
+        lambda jacobian: merged(jacobian.matrix.unbind(), jacobian.weights, jacobian.matrix.dtype),
+    ),
 }
 
 
@@ -254,6 +276,30 @@ class MLPTask(Task):
         return [F.mse_loss(output[:, index], self.target[:, index]) for index in chosen]
 
 
+class EncodersTask(Task):
+    """Three private encoders and a head of 0.1 %; one closure per combination, not one loss."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        torch.manual_seed(0)
+        self.model: nn.ModuleDict = nn.ModuleDict()
+        for name in ("text", "audio", "vision"):
+            linear = [nn.Linear(width, width) for _ in range(8)]
+            self.model[name] = nn.Sequential(*(part for one in linear for part in (one, nn.ReLU())))
+        self.combinations = modality_combinations(self.model)
+        self.losses = len(self.combinations)
+        self.model["head"] = nn.Linear(width, max(1, width * 24 // 1000))
+        self.model.to(device)
+        self.input = torch.randn(2, width, device=device)
+
+    def together(self, chosen: Sequence[int]) -> Any:
+        return [functools.partial(self._loss, self.combinations[index]) for index in chosen]
+
+    def _loss(self, available: Sequence[str]) -> Tensor:
+        features = torch.stack([self.model[name](self.input) for name in available]).mean(0)
+        loss: Tensor = self.model["head"](features).square().mean()
+        return loss
+
+
 # --- whole steps: ways to one gradient -----------------------------------------------------------
 
 Backward = Callable[[Any], object]
@@ -287,6 +333,8 @@ class Method:
         """Whether it exists for that task, with forwards that are shared or ``apart``."""
         if not self.exists():
             return False
+        if isinstance(task, EncodersTask):
+            return self.name in (PLAIN, EXACT)  # which take closures
         if self.forward == "batched":
             return not apart and type(task).batched is not Task.batched
         return not (apart and self.forward == "features")
@@ -325,9 +373,12 @@ def _joint(task: Task) -> Backward:
 
 
 def _one_by_one(task: Task) -> Backward:
-    def run(losses: Losses) -> None:
+    def run(losses: Sequence[Any]) -> None:
         for number, loss in enumerate(losses, start=1):
-            loss.backward(retain_graph=number < len(losses))
+            if callable(loss):  # a closure: its graph is its own
+                loss().backward()
+            else:
+                loss.backward(retain_graph=number < len(losses))
 
     return run
 

@@ -38,22 +38,25 @@ class Contender:
     Attributes:
         stages: each takes what the one before returned, and is timed.
         prepare: makes what the first stage takes; not timed.
+        repeats: of all stages in one run, whose time is the mean: for what takes little.
     """
 
     stages: Sequence[Callable[[Any], Any]]
     prepare: Callable[[], Any]
+    repeats: int = 1
 
     def run(self, synchronise: Callable[[], object]) -> tuple[float, ...]:
         """Seconds of each stage; ``synchronise`` waits for the device."""
-        value = self.prepare()
-        seconds = []
-        for stage in self.stages:
-            synchronise()
-            started = time.perf_counter()
-            value = stage(value)
-            synchronise()
-            seconds.append(time.perf_counter() - started)
-        return tuple(seconds)
+        seconds = [0.0] * len(self.stages)
+        for _ in range(self.repeats):
+            value = self.prepare()
+            for number, stage in enumerate(self.stages):
+                synchronise()
+                started = time.perf_counter()
+                value = stage(value)
+                synchronise()
+                seconds[number] += time.perf_counter() - started
+        return tuple(total / self.repeats for total in seconds)
 
 
 def round_robin(
@@ -81,6 +84,8 @@ def round_robin(
     left = dict.fromkeys(names, rounds)
     collecting = gc.isenabled()
     gc.disable()  # it would stop whoever happens to run
+    gc.collect()
+    gc.freeze()  # what exists now is not looked at again: collecting between runs takes no time
     try:
         for name in names:
             gc.collect()
@@ -96,6 +101,7 @@ def round_robin(
                     samples[name].append(contenders[name].run(synchronise))
                     done(name, 1)
     finally:
+        gc.unfreeze()
         if collecting:
             gc.enable()
     return samples

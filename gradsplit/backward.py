@@ -71,8 +71,8 @@ def take_rows(
                 add_note(error, _in_backward(entry))
                 raise
             gradients = {leaf: leaf.grad for leaf in held if leaf.grad is not None}
-            _refuse_sparse(gradients, entry)
-            _refuse_consumed(gradients, entry, graphs, place)
+            _refuse_sparse(gradients, entry.where)
+            _refuse_consumed(gradients, graphs, 1 << place, entry.where)
             if gradients.keys().isdisjoint(parameters):
                 raise _reaches_nothing(entry)
             jacobian.add(entry.name, loss, gradients, eligible)
@@ -115,7 +115,7 @@ def take_partial_rows(
                     f"{entry.where} reaches none of the conflict_parameters, so that its conflicts "
                     "cannot be measured; choose parameters that every loss uses"
                 )
-            _refuse_sparse(gradients, entry)
+            _refuse_sparse(gradients, entry.where)
             jacobian.add(entry.name, loss, gradients, set(measured))
             graphs[entry.name].append(loss)
             taken[entry.name] = loss.detach()
@@ -136,11 +136,9 @@ def weighted_backward(
         parameters: of the optimizer, those that require grad.
         reduction: ``"mean"``, ``"sum"`` or ``"released"``.
     """
-    names: list[str] = []
     losses: list[Tensor] = []
     factors: list[Tensor] = []
-    for (name, some), weight in zip(graphs.items(), weights.unbind(), strict=True):
-        names += [name] * len(some)
+    for some, weight in zip(graphs.values(), weights.unbind(), strict=True):
         losses += some
         weight = weight / (len(some) * (len(graphs) if reduction == "mean" else 1))
         factors += [weight.to(loss).reshape(loss.shape) for loss in some]
@@ -153,11 +151,12 @@ def weighted_backward(
         ):
             torch.autograd.backward(losses, factors)
         gradients = {leaf: leaf.grad for leaf in held if leaf.grad is not None}
-    _refuse_sparse(gradients)
+    _refuse_sparse(gradients, "a loss")
+    _refuse_consumed(gradients, found, -1, "a loss")
     if reduction == "released":
         for leaf, gradient in gradients.items():
-            reaching = {name for place, name in enumerate(names) if found.reaches(place, leaf)}
-            gradients[leaf] = gradient / len(graphs) if len(reaching) == len(graphs) else gradient
+            if found.reached_by_all(leaf):
+                gradients[leaf] = gradient / len(graphs)
     return gradients
 
 
@@ -226,10 +225,6 @@ class _Graphs:
     hidden: int  # bits of the losses behind which there may be leaves that the graph does not show
     retained: list[bool]  # whether a later loss needs some of a loss's graph
 
-    def reaches(self, place: int, leaf: Tensor) -> bool:
-        """Whether the graph of the loss at ``place`` shows the leaf."""
-        return bool(self.leaves.get(leaf, 0) >> place & 1)
-
     def reached_by_all(self, leaf: Tensor) -> bool:
         """Whether every loss reaches the leaf, or may."""
         return self.leaves.get(leaf, 0) | self.hidden == (1 << len(self.retained)) - 1
@@ -284,22 +279,22 @@ def _refuse_unreached(
             raise _reaches_nothing(entry)
 
 
-def _refuse_consumed(gradients: Gradients, entry: Entry, graphs: _Graphs, place: int) -> None:
-    for leaf in graphs.leaves:
-        hooked = getattr(leaf, "_post_accumulate_grad_hooks", None)
-        if hooked and leaf not in gradients and graphs.reaches(place, leaf):
+def _refuse_consumed(gradients: Gradients, graphs: _Graphs, losses: int, where: str) -> None:
+    """``losses``: the bits of those whose gradients these are."""
+    for leaf, bits in graphs.leaves.items():
+        if bits & losses and leaf not in gradients and leaf._post_accumulate_grad_hooks:
             raise ValueError(
-                f"{entry.where}: a post-accumulate hook has consumed the gradient of a parameter "
-                f"of shape {tuple(leaf.shape)}; optimizers that step inside backward cannot be "
+                f"{where}: a post-accumulate hook has consumed the gradient of a parameter of "
+                f"shape {tuple(leaf.shape)}; optimizers that step inside backward cannot be "
                 "decoupled, remove the hook"
             )
 
 
-def _refuse_sparse(gradients: Gradients, entry: Entry | None = None) -> None:
+def _refuse_sparse(gradients: Gradients, where: str) -> None:
     for leaf, gradient in gradients.items():
         if gradient.layout is not torch.strided:
             raise ValueError(
-                f"{entry.where if entry else 'a loss'} has a sparse gradient for a parameter of "
+                f"{where} has a sparse gradient for a parameter of "
                 f"shape {tuple(leaf.shape)}; use dense gradients (for nn.Embedding: sparse=False) "
                 "or give that parameter to an optimizer of its own"
             )

@@ -1,7 +1,7 @@
 """Jacobian: one flat row per loss over the parameters in scope, plain sums over all others."""
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class Block:
     def __init__(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> None:
         self.parameters = parameters
         self.rows: dict[int, Tensor] = {}  # number of the loss -> (columns,)
-        self._dtype = dtype
+        self.dtype = dtype
         self._complex = any(parameter.is_complex() for parameter in parameters)
         self._pieces: list[
             tuple[tuple[int, ...], tuple[int, ...], int]
@@ -59,15 +59,10 @@ class Block:
         else:
             self.rows[loss] = self._row_of(gradients)
 
-    def parted(self, parameters: Collection[Tensor]) -> "tuple[Block, Block]":
-        """Two blocks: of ``parameters``, and of all others. This one loses its rows."""
-        within = Block([p for p in self.parameters if p in parameters], self._dtype)
-        others = Block([p for p in self.parameters if p not in parameters], self._dtype)
-        for loss in list(self.rows):  # one after the other, for the memory's sake
-            views = dict(zip(self.parameters, self._views(self.rows.pop(loss)), strict=True))
-            for block in (within, others):
-                block.rows[loss] = block._row_of([views[p] for p in block.parameters])
-        return within, others
+    def emptied(self) -> Iterator[tuple[int, dict[Tensor, Tensor]]]:
+        """Each loss with its row by parameter; this block loses them, one after the other."""
+        for loss in list(self.rows):
+            yield loss, self.gradients(self.rows.pop(loss))
 
     def gradients(self, row: Tensor) -> dict[Tensor, Tensor]:
         """A vector (columns,) by parameter: views with the parameters' own strides."""
@@ -84,7 +79,7 @@ class Block:
 
     def _row_of(self, gradients: list[Tensor]) -> Tensor:
         make = torch.zeros if self._zeros else torch.empty
-        row = make(self._columns, dtype=self._dtype, device=self.parameters[0].device)
+        row = make(self._columns, dtype=self.dtype, device=self.parameters[0].device)
         if self._gaps is not None:
             row.index_fill_(0, self._gaps, 0.0)
         torch._foreach_copy_(self._views(row), gradients)
@@ -206,19 +201,25 @@ class Jacobian:
                 totals[leaf] = totals[leaf].add_(part) if leaf in totals else part
         for leaf, total in totals.items():
             divisor = self._divisor(leaf)
-            merged[leaf] = (total.div_(divisor) if divisor > 1 else total).to(leaf.dtype)
+            total = (total.div_(divisor) if divisor > 1 else total).to(leaf.dtype)
+            # Both where it came into scope within the window.
+            merged[leaf] = merged[leaf] + total if leaf in merged else total
         return merged
 
     def _part(self, block: Block, gradients: Gradients) -> Block:
-        """Part a block from what a backward has not reached of it: the part that it has."""
-        kept, left = block.parted(gradients.keys())
+        """Part a block from what a backward has not reached of it; what it has comes first."""
+        reached = [p for p in block.parameters if p in gradients]
+        missed = [p for p in block.parameters if p not in gradients]
+        kept = [some for some in ([reached] if self.shared else [reached, missed]) if some]
+        parts = [Block(some, block.dtype) for some in kept]
+        for number, row in block.emptied():
+            for part in parts:
+                part.add(number, [row[p] for p in part.parameters])
+            if self.shared:
+                self._sum(number, {p: row[p] for p in missed})
         place = self.blocks.index(block)
-        parts = [part for part in ([kept] if self.shared else [kept, left]) if part.parameters]
         self.blocks[place : place + 1] = parts
-        if self.shared:
-            for number in list(left.rows):
-                self._sum(number, left.gradients(left.rows.pop(number)))
-        return kept
+        return parts[0] if parts else block
 
     def _sum(self, number: int, gradients: Gradients) -> None:
         sums = self._sums[0 if self._single else number]

@@ -137,5 +137,6 @@ def _merge_kernel(
     for column in range(program * COLUMNS, (program + 1) * COLUMNS, TILE):
         columns = column + tl.arange(0, TILE)
         tile = _tile(addresses, m, columns, n, TYPE, ALIGNED, M).to(tl.float64)
-        value = tl.sum(tile * weight[:, None], axis=0)
+        # By way of float32: the interpreter casts float64 to bfloat16 bit by bit.
+        value = tl.sum(tile * weight[:, None], axis=0).to(tl.float32)
         tl.store(result + columns, value.to(result.dtype.element_ty), mask=columns < n)

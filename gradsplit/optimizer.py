@@ -125,19 +125,7 @@ class ModalityDecoupledOptimizer(Optimizer):
 
     *Two optimizers.* Parameters that belong to another optimizer (Muon for matrices, AdamW for the
     rest) get the plain mean of their gradients. To decouple all of them, wrap one base that steps
-    both::
-
-        class Both(torch.optim.Optimizer):
-            def __init__(self, *parts):
-                self.parts = parts
-                super().__init__([group for part in parts for group in part.param_groups], {})
-                self.param_groups = [group for part in parts for group in part.param_groups]
-
-            def step(self, closure=None):
-                for part in self.parts:
-                    part.step()
-
-    and save the parts' own ``state_dict()``.
+    both: ``docs/recipes/two_bases.py``.
 
     *torch.compile.* A compiled forward that all losses share joins their graphs, so that every loss
     seems to reach every parameter: give ``scope=`` the parameters of the trunk that is really
@@ -695,12 +683,7 @@ def _checked_rule(rule: str | Rule) -> str | Rule:
         if rule not in _RULES:
             raise ValueError(f"rule must be one of {_RULES} or a callable, got {rule!r}")
         return rule
-    if any(t.__name__ == "Aggregator" and "torchjd" in t.__module__ for t in type(rule).__mro__):
-        raise TypeError(
-            f"rule is an aggregator of TorchJD, {type(rule).__name__}: it maps a Jacobian to a "
-            "vector, and a rule maps a Gramian to weights. Give its weighting, where it has one: "
-            f"torchjd.aggregation.{type(rule).__name__}Weighting() with reduction='sum'"
-        )
+    _refuse_of_torchjd(rule)
     if not callable(rule):
         raise TypeError(f"rule must be one of {_RULES} or a callable, got {type(rule).__name__}")
     try:
@@ -717,6 +700,25 @@ def _checked_rule(rule: str | Rule) -> str | Rule:
             "rule='pcgrad'.)"
         ) from None
     return rule
+
+
+def _refuse_of_torchjd(rule: object) -> None:
+    """What TorchJD has besides weightings of a Gramian would be taken, and give nonsense."""
+    kinds = {kind.__name__ for kind in type(rule).__mro__ if kind.__module__.startswith("torchjd")}
+    if "Aggregator" in kinds:
+        weighting = getattr(rule, "gramian_weighting", getattr(rule, "weighting", None))
+        name = type(weighting).__name__
+        there = weighting is not None and not name.startswith("_")
+        raise TypeError(
+            f"rule is an aggregator of TorchJD, {type(rule).__name__}, which maps a Jacobian to a "
+            "vector; a rule maps a Gramian to weights. "
+            + (f"Give torchjd.aggregation.{name}" if there else "It has no weighting of a Gramian")
+        )
+    if kinds & {"ExcessMTLWeighting", "MoDoWeighting", "SDMGradWeighting"}:
+        raise TypeError(
+            f"rule is TorchJD's {type(rule).__name__}, which takes a Jacobian; a rule takes the "
+            "Gramian"
+        )
 
 
 def _checked_scope(scope: str | Iterable[Tensor], base: Optimizer) -> str | list[Tensor]:

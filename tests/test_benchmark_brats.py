@@ -608,28 +608,37 @@ def test_a_step_takes_the_merged_gradient(
     assert_gradients(training, expected)
 
 
+@pytest.mark.parametrize("missing", [[], [0]])
 @pytest.mark.parametrize("method", ["sum", "gmd"])
-def test_accumulated_micro_batches_are_one_backward_of_their_mean(
-    prepared: Prepared, method: str
+def test_a_loss_of_several_micro_batches_is_the_mean_over_those_that_have_it(
+    prepared: Prepared, method: str, missing: list[int]
 ) -> None:
     config = small(combinations="singles", accumulate=2, reduction="sum")
     training = Training(config, prepared, method, 0)
     window = batches_of(prepared)
     disagree(training.model, window)
-    micro = [dict(enumerate(rows_of(training, batch, SINGLES))) for batch in window]
+    window[1]["available"][:, missing] = False  # of SINGLES, the same numbers
+    micro: list[Any] = [
+        {
+            str(number): None if number in gone else rows_of(training, batch, [combination])[0]
+            for number, combination in enumerate(SINGLES)
+        }
+        for batch, gone in zip(window, ([], missing), strict=True)
+    ]
     merge: Any = gmd_loop if method == "gmd" else lambda jacobian: jacobian.sum(0)
     mean_loss = training.step(window)
     assert_gradients(training, decouple_window(micro, merge, "shared", "sum"))
 
     separate = Training(config, prepared, method, 0)
     disagree(separate.model)
-    losses = [
-        float(loss.detach())
-        for batch in window
-        for loss in separate.losses(batch, SINGLES, 1).values()
-        if loss is not None
+    losses = [separate.losses(batch, SINGLES) for batch in window]
+    means = [
+        np.mean(
+            [float(loss.detach()) for some in losses if (loss := some[combination]) is not None]
+        )
+        for combination in SINGLES
     ]
-    assert_allclose(mean_loss, np.mean(losses), rtol=1e-5)
+    assert_allclose(mean_loss, np.mean(means), rtol=1e-5)
 
 
 def test_accumulation_makes_fewer_steps_and_keeps_the_remainder(prepared: Prepared) -> None:
@@ -806,7 +815,7 @@ def test_a_loss_is_that_of_the_samples_that_have_the_combination(lacking: Prepar
     (batch,) = batches_of(lacking, size=4)
     have = dict(zip(batch["name"], batch["available"].tolist(), strict=True))
     assert have["Phantom_003"] == [False, False, True, False], "only T2"
-    losses = training.losses(batch, COMBINATIONS, 1)
+    losses = training.losses(batch, COMBINATIONS)
     assert list(losses) == COMBINATIONS
     for combination, loss in losses.items():
         columns = [MODALITIES.index(name) for name in combination]
@@ -818,7 +827,7 @@ def test_a_loss_is_that_of_the_samples_that_have_the_combination(lacking: Prepar
 
     place = batch["name"].index("Phantom_003")
     alone = {key: value[place : place + 1] for key, value in batch.items()}
-    losses = training.losses(alone, COMBINATIONS, 1)
+    losses = training.losses(alone, COMBINATIONS)
     assert [combination for combination, loss in losses.items() if loss is not None] == [("t2",)]
 
 

@@ -1,0 +1,50 @@
+"""Two optimizers, decoupled together: Muon for matrices, AdamW for the rest.
+
+Wrapping one of the two would give the other one's parameters the plain mean of their gradients.
+A base that steps both is wrapped instead. Add parameter groups to the parts, before that;
+``torch.distributed.checkpoint`` does not take its state dict.
+"""
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Muon, Optimizer
+
+from gradsplit import ModalityDecoupledOptimizer
+
+
+class Both(Optimizer):
+    def __init__(self, *parts):
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self.parts = parts
+
+    def step(self, closure=None):
+        loss = None if closure is None else closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def state_dict(self):
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict):
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self.param_groups[:] = [group for part in self.parts for group in part.param_groups]
+
+    def __reduce__(self):  # for deepcopy and pickle
+        return type(self), self.parts
+
+
+if __name__ == "__main__":
+    text, audio, head = nn.Linear(8, 4), nn.Linear(6, 4), nn.Linear(4, 1)
+    parameters = [p for module in (text, audio, head) for p in module.parameters()]
+    matrices = Muon([p for p in parameters if p.dim() == 2], lr=1e-2)
+    others = AdamW([p for p in parameters if p.dim() != 2], lr=1e-3)
+    opt = ModalityDecoupledOptimizer(Both(matrices, others))
+    for _ in range(3):
+        losses = {
+            "text": head(text(torch.randn(16, 8))).square().mean(),
+            "audio": head(audio(torch.randn(16, 6))).square().mean(),
+        }
+        opt.step(losses)
+    print(opt.last)
