@@ -70,7 +70,7 @@ def take_rows(
             except Exception as error:
                 add_note(error, _in_backward(entry))
                 raise
-            gradients = {leaf: leaf.grad for leaf in held if leaf.grad is not None}
+            gradients = {leaf: g for leaf in held if (g := leaf.grad) is not None}
             _refuse_sparse(gradients, entry.where)
             _refuse_consumed(gradients, graphs, 1 << place, entry.where)
             if gradients.keys().isdisjoint(parameters):
@@ -282,7 +282,7 @@ def _refuse_unreached(
 def _refuse_consumed(gradients: Gradients, graphs: _Graphs, losses: int, where: str) -> None:
     """``losses``: the bits of those whose gradients these are."""
     for leaf, bits in graphs.leaves.items():
-        if bits & losses and leaf not in gradients and leaf._post_accumulate_grad_hooks:
+        if leaf._post_accumulate_grad_hooks and bits & losses and leaf not in gradients:
             raise ValueError(
                 f"{where}: a post-accumulate hook has consumed the gradient of a parameter of "
                 f"shape {tuple(leaf.shape)}; optimizers that step inside backward cannot be "

@@ -109,7 +109,8 @@ def join_losses(losses: Sequence[Tensor]) -> Tensor:
     dtype = losses[0].dtype
     for loss in losses[1:]:
         dtype = torch.promote_types(dtype, loss.dtype)
-    return torch.stack([loss.reshape(()).to(dtype) for loss in losses])
+    same = all(loss.dim() == 0 and loss.dtype == dtype for loss in losses)
+    return torch.stack(list(losses) if same else [loss.reshape(()).to(dtype) for loss in losses])
 
 
 @contextlib.contextmanager

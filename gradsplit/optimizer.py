@@ -385,7 +385,6 @@ class ModalityDecoupledOptimizer(Optimizer):
         """The latest report; None before the first merge."""
         return self._reports[-1] if self._reports else None
 
-    @torch.no_grad()
     def _decouple(
         self, losses: Losses, replace: bool
     ) -> tuple[Decoupling, dict[str, Tensor | None]]:
@@ -494,7 +493,8 @@ class ModalityDecoupledOptimizer(Optimizer):
         if self._options.rule == "sum":
             return torch.ones_like(gramian[0])
         assert callable(self._options.rule)
-        weights = self._options.rule(gramian.clone())  # the report keeps its own
+        with torch.no_grad():
+            weights = self._options.rule(gramian.clone())  # the report keeps its own
         if not isinstance(weights, Tensor):
             raise TypeError(f"rule must return a tensor of weights, got {type(weights).__name__}")
         if weights.shape != (m,):
@@ -502,7 +502,7 @@ class ModalityDecoupledOptimizer(Optimizer):
                 f"rule must return weights of shape ({m},) for a Gramian of shape ({m}, {m}), "
                 f"got {tuple(weights.shape)}"
             )
-        return weights.detach().to(gramian)
+        return weights.to(gramian)
 
     def _refuse_pending(self) -> None:
         if self._windows:
@@ -708,7 +708,7 @@ def _refuse_of_torchjd(rule: object) -> None:
     if "Aggregator" in kinds:
         weighting = getattr(rule, "gramian_weighting", getattr(rule, "weighting", None))
         name = type(weighting).__name__
-        there = weighting is not None and not name.startswith("_")
+        there = "WeightedAggregator" in kinds and not name.startswith("_")
         raise TypeError(
             f"rule is an aggregator of TorchJD, {type(rule).__name__}, which maps a Jacobian to a "
             "vector; a rule maps a Gramian to weights. "

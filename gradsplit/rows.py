@@ -8,14 +8,14 @@ import functools
 import importlib.util
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["gramian", "gramian_ref", "has_triton", "merged", "merged_ref"]
+__all__ = ["RUN", "gramian", "gramian_ref", "has_triton", "merged", "merged_ref"]
 
-_RUN = 1024  # columns whose products are summed in float32 before the sum becomes float64
+RUN = 1024  # columns whose products are summed in float32 before the sum becomes float64
 _TOGETHER = 2**20  # elements of all rows that are multiplied at once: 4 MiB stay in the cache
 _WIDEST = 2**17  # elements of one row that are added at once
 _MOST_FUSED = 64  # rows that the kernels take
@@ -80,9 +80,11 @@ def merged_ref(rows: Sequence[Tensor], weights: Tensor, dtype: torch.dtype) -> T
     wide = torch.float32 if _narrow(rows) and _fits(weights) else torch.float64
     factors = weights.to(wide).unbind()
     result = torch.empty_like(rows[0], dtype=dtype)
+    whole = len(result) <= _WIDEST
     for start in range(0, len(result), _WIDEST):
-        parts = [row[start : start + _WIDEST] for row in rows]
-        part = result[start : start + _WIDEST]
+        span = slice(start, start + _WIDEST)
+        parts = rows if whole else [row[span] for row in rows]
+        part = result if whole else result[span]
         total = part if dtype == wide else torch.empty_like(part, dtype=wide)
         # No BLAS: where a weight is zero, some would skip the row, NaN and all.
         torch.mul(parts[0].to(wide), factors[0], out=total)
@@ -94,28 +96,40 @@ def merged_ref(rows: Sequence[Tensor], weights: Tensor, dtype: torch.dtype) -> T
 
 
 def _products(rows: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """(m, m), float64: J J^T, from copies in ``dtype`` of a few columns at a time."""
-    m, n, device = len(rows), rows[0].numel(), rows[0].device
+    """(m, m), float64: J J^T, multiplied in ``dtype``."""
+    m, device = len(rows), rows[0].device
     # BLAS stumbles over odd numbers of rows: sixteen take two thirds of the time of fifteen.
     lines = m if m <= 12 else -(-m // 8) * 8
-    width = min(_TOGETHER // lines, n) // _RUN * _RUN + _RUN
-    buffer = torch.empty(lines, width, dtype=dtype, device=device)
-    if m < lines:
-        buffer[m:] = 0.0  # nobody reads their products, but NaN and the like take time
-    total = torch.zeros(lines, lines, dtype=torch.float64, device=device)
-    for start in range(0, n, width):
-        parts = [row[start : start + width] for row in rows]
-        filled = len(parts[0])
-        whole = -(-filled // _RUN) * _RUN
-        if filled < whole:
-            buffer[:, filled:whole] = 0.0
-        torch._foreach_copy_(buffer[:m, :filled].unbind(), parts)
-        runs = buffer[:, :whole].view(lines, -1, _RUN).transpose(0, 1)
+    total: Tensor | None = None
+    for columns in _columns(rows, lines, dtype):
+        runs = columns.view(lines, -1, RUN).transpose(0, 1)
         products = torch.empty(len(runs), lines, lines, dtype=dtype, device=device)
         torch.bmm(runs, runs.transpose(1, 2), out=products)  # autocast leaves out= alone
-        total += products.sum(0, dtype=total.dtype)
+        part = products.sum(0, dtype=torch.float64)
+        total = part if total is None else total.add_(part)
+    if total is None:
+        return torch.zeros(m, m, dtype=torch.float64, device=device)
     total = total[:m, :m]
-    return (total + total.T) / 2  # symmetric to the last bit, which a BLAS does not promise
+    return (total + total.T).mul_(0.5)  # symmetric to the last bit, which a BLAS does not promise
+
+
+def _columns(rows: Sequence[Tensor], lines: int, dtype: torch.dtype) -> Iterator[Tensor]:
+    """(lines, a multiple of RUN): copies of a few columns at a time, zeros after the last one."""
+    m, n = len(rows), rows[0].numel()
+    width = max(1, _TOGETHER // lines // RUN) * RUN
+    if m == lines and n % RUN == 0 and 0 < n <= width and dtype == rows[0].dtype:
+        yield torch.stack(list(rows))
+        return
+    width = min(width, -(-n // RUN) * RUN)
+    buffer = torch.empty(lines, width, dtype=dtype, device=rows[0].device)
+    buffer[m:] = 0.0  # nobody reads their products, but NaN and the like take time
+    for start in range(0, n, max(1, width)):
+        parts = [row[start : start + width] for row in rows]
+        filled = len(parts[0])
+        if filled < width:
+            buffer[:, filled:] = 0.0
+        torch._foreach_copy_(buffer[:m, :filled].unbind(), parts)
+        yield buffer[:, : -(-filled // RUN) * RUN]
 
 
 def _narrow(rows: Sequence[Tensor]) -> bool:

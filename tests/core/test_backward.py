@@ -482,12 +482,12 @@ def test_parameters_whose_gradients_autograd_puts_into_one_storage(
 
 @pytest.mark.parametrize("m", [1, 2])
 def test_grads_keep_no_row_alive(m: int) -> None:
-    """All memory behind ``.grad`` is one merged vector, with at most 128 bytes between pieces."""
+    """All memory behind ``.grad`` is one merged vector: 128 bytes between pieces, 4 KiB at most."""
     params = [nn.Parameter(torch.zeros(size)) for size in (1000, 3, 50)]
     rows: list[Row] = [[torch.randn(p.shape) for p in params] for _ in range(m)]
     optimizer_of(params).backward(linear_losses(params, rows))
     storages = {p.grad.untyped_storage().data_ptr(): p.grad.untyped_storage() for p in params}
-    assert sum(storage.nbytes() for storage in storages.values()) <= 4 * 1053 + 3 * 128
+    assert sum(storage.nbytes() for storage in storages.values()) <= 4 * 1053 + 2 * 128 + 4096
 
 
 @pytest.mark.parametrize("detached", [False, True])
