@@ -8,13 +8,11 @@ which are there to tell the weights, come from ``autograd.grad``.)
 import contextlib
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
-from torch.autograd.graph import Node, get_gradient_edge
 
+from gradsplit.graphs import Graphs, survey
 from gradsplit.jacobian import Gradients, Jacobian
 from gradsplit.losses import Entry, add_note, checked_loss, noted
 
@@ -49,7 +47,7 @@ def take_rows(
     taken: Taken = {}
     with _set_aside(parameters) as held:
         given = [entry for entry in entries if isinstance(entry.loss, Tensor)]
-        together = _survey([e.loss for e in given if isinstance(e.loss, Tensor)])
+        together = survey([e.loss for e in given if isinstance(e.loss, Tensor)])
         _refuse_unreached(given, together, parameters)
         _set_aside_more(together.leaves, held)
         if jacobian.shared:  # rows start at their final size, as far as the graphs tell
@@ -62,7 +60,7 @@ def take_rows(
             if isinstance(entry.loss, Tensor):
                 graphs, place = together, next(places)
             else:
-                graphs, place = _survey([loss]), 0
+                graphs, place = survey([loss]), 0
                 _refuse_unreached([entry], graphs, parameters)
                 _set_aside_more(graphs.leaves, held)
             try:
@@ -142,7 +140,7 @@ def weighted_backward(
         losses += some
         weight = weight / (len(some) * (len(graphs) if reduction == "mean" else 1))
         factors += [weight.to(loss).reshape(loss.shape) for loss in some]
-    found = _survey(losses)
+    found = survey(losses)
     with _set_aside(parameters) as held:
         _set_aside_more(found.leaves, held)
         with noted(
@@ -217,58 +215,8 @@ def _losses(
         del loss  # or the graph of a closure would live while the next one runs
 
 
-@dataclass
-class _Graphs:
-    """What the graphs of some losses show."""
-
-    leaves: dict[Tensor, int]  # leaf -> bits of the losses that reach it
-    hidden: int  # bits of the losses behind which there may be leaves that the graph does not show
-    retained: list[bool]  # whether a later loss needs some of a loss's graph
-
-    def reached_by_all(self, leaf: Tensor) -> bool:
-        """Whether every loss reaches the leaf, or may."""
-        return self.leaves.get(leaf, 0) | self.hidden == (1 << len(self.retained)) - 1
-
-
-def _survey(losses: Sequence[Tensor]) -> _Graphs:
-    """Look through the graphs of all losses, each node once."""
-    roots = [get_gradient_edge(loss).node for loss in losses]
-    following: dict[Node, list[Node]] = {}
-    waiting = dict.fromkeys(roots, 0)  # node -> edges into it that are still to be followed
-    stack = list(waiting)
-    while stack:
-        node = stack.pop()
-        following[node] = [other for other, _ in node.next_functions if other is not None]
-        for other in following[node]:
-            if other not in waiting:
-                waiting[other] = 0
-                stack.append(other)
-            waiting[other] += 1
-    bits = dict.fromkeys(waiting, 0)  # node -> bits of the losses in whose graph it is
-    for place, root in enumerate(roots):
-        bits[root] |= 1 << place
-    leaves: dict[Tensor, int] = {}
-    hidden = retained = 0
-    ready = [node for node in dict.fromkeys(roots) if waiting[node] == 0]
-    while ready:
-        node = ready.pop()
-        own = bits[node]
-        if not following[node] and (leaf := getattr(node, "variable", None)) is not None:
-            leaves[leaf] = own  # with nothing that a backward frees
-            continue
-        retained |= own ^ (1 << (own.bit_length() - 1))  # all losses but the last
-        if isinstance(node, BackwardCFunction):
-            hidden |= own  # behind a reentrant checkpoint: its backward will tell
-        for other in following[node]:
-            bits[other] |= own
-            waiting[other] -= 1
-            if waiting[other] == 0:
-                ready.append(other)
-    return _Graphs(leaves, hidden, [bool(retained >> place & 1) for place in range(len(losses))])
-
-
 def _refuse_unreached(
-    entries: Sequence[Entry], graphs: _Graphs, parameters: Iterable[Tensor]
+    entries: Sequence[Entry], graphs: Graphs, parameters: Iterable[Tensor]
 ) -> None:
     """Before any graph is freed: each loss must reach one of the ``parameters``, or may."""
     reaching = graphs.hidden
@@ -279,7 +227,7 @@ def _refuse_unreached(
             raise _reaches_nothing(entry)
 
 
-def _refuse_consumed(gradients: Gradients, graphs: _Graphs, losses: int, where: str) -> None:
+def _refuse_consumed(gradients: Gradients, graphs: Graphs, losses: int, where: str) -> None:
     """``losses``: the bits of those whose gradients these are."""
     for leaf, bits in graphs.leaves.items():
         if leaf._post_accumulate_grad_hooks and bits & losses and leaf not in gradients:

@@ -129,6 +129,7 @@ class Jacobian:
             gradients: of every leaf that the backward reached. They are copied.
             eligible: the parameters that may be in rows.
         """
+        first, self.backwards = self.backwards == 0, self.backwards + 1
         number = self.names.setdefault(name, len(self.names))
         if number < len(self._losses):
             self._losses[number] = self._losses[number] + loss.detach()
@@ -144,14 +145,13 @@ class Jacobian:
                 block = self._part(block, gradients)
             if reached:
                 block.add(number, reached)
-        if not (self.shared and self.backwards):
+        if first or not self.shared:
             for block in self._new_blocks([leaf for leaf in outside if leaf in eligible]):
                 block.add(number, [outside.pop(parameter) for parameter in block.parameters])
                 self.blocks.append(block)
         self._sum(number, outside)
         if self._reduction == "released":
-            self._common = self._common & gradients.keys() if self.backwards else set(gradients)
-        self.backwards += 1
+            self._common = set(gradients) if first else self._common & gradients.keys()
 
     def gramian(self, fused: bool | None) -> Tensor:
         """(m, m), float64: of the mean rows; zeros where the scope is reached by nobody."""
