@@ -1,4 +1,4 @@
-"""What the autograd graphs of several losses show: who reaches what, whose graph is still needed."""
+"""What the autograd graphs of several losses show, before any backward."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
