@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gradsplit.graphs import Graphs, survey
 from gradsplit.jacobian import Gradients, Jacobian
-from gradsplit.losses import Entry, add_note, checked_loss, noted
+from gradsplit.losses import Entry, checked_loss, noted
 
 __all__ = ["add_gradients", "take_partial_rows", "take_rows", "weighted_backward"]
 
@@ -63,18 +63,14 @@ def take_rows(
                 graphs, place = survey([loss]), 0
                 _refuse_unreached([entry], graphs, parameters)
                 _set_aside_more(graphs.leaves, held)
-            try:
+            with noted(_in_backward(entry)), _refuse_consumed(held, entry):
                 torch.autograd.backward(loss, retain_graph=graphs.retained[place])
-            except Exception as error:
-                add_note(error, _in_backward(entry))
-                raise
             gradients = {leaf: g for leaf in held if (g := leaf.grad) is not None}
-            _refuse_sparse(gradients, entry.where)
-            _refuse_consumed(gradients, graphs, 1 << place, entry.where)
+            _refuse_sparse(gradients, entry)
             if gradients.keys().isdisjoint(parameters):
                 raise _reaches_nothing(entry)
-            jacobian.add(entry.name, loss, gradients, eligible)
-            taken[entry.name] = loss.detach()
+            taken[entry.name] = value = loss.detach()
+            jacobian.add(entry.name, value, gradients, eligible)
             del loss, gradients  # and with it the graph of a closure, before the next one runs
             for leaf in held:
                 leaf.grad = None
@@ -110,13 +106,13 @@ def take_partial_rows(
             gradients = {leaf: gradient for leaf, gradient in pairs if gradient is not None}
             if not gradients:
                 raise ValueError(
-                    f"{entry.where} reaches none of the conflict_parameters, so that its conflicts "
+                    f"{entry} reaches none of the conflict_parameters, so that its conflicts "
                     "cannot be measured; choose parameters that every loss uses"
                 )
-            _refuse_sparse(gradients, entry.where)
-            jacobian.add(entry.name, loss, gradients, set(measured))
+            _refuse_sparse(gradients, entry)
+            taken[entry.name] = value = loss.detach()
+            jacobian.add(entry.name, value, gradients, set(measured))
             graphs[entry.name].append(loss)
-            taken[entry.name] = loss.detach()
     return taken
 
 
@@ -143,33 +139,34 @@ def weighted_backward(
     found = survey(losses)
     with _set_aside(parameters) as held:
         _set_aside_more(found.leaves, held)
-        with noted(
-            "in the one backward of all losses; with conflict_parameters the graphs of all losses "
-            "are needed until then: do not call backward yourself"
-        ):
+        note = (
+            "in the one backward of all losses; with conflict_parameters their graphs are needed "
+            "until then: do not call backward yourself"
+        )
+        with noted(note), _refuse_consumed(held, "a loss"):
             torch.autograd.backward(losses, factors)
         gradients = {leaf: leaf.grad for leaf in held if leaf.grad is not None}
     _refuse_sparse(gradients, "a loss")
-    _refuse_consumed(gradients, found, -1, "a loss")
     if reduction == "released":
         for leaf, gradient in gradients.items():
-            if found.reached_by_all(leaf):
+            if found.reached_by_all(leaf, surely=True):
                 gradients[leaf] = gradient / len(graphs)
     return gradients
 
 
-def add_gradients(gradients: Mapping[Tensor, Tensor]) -> None:
+@torch.no_grad()
+def add_gradients(gradients: Gradients) -> None:
     """Add to ``.grad`` as a backward would: in place where there is one already."""
-    held: list[Tensor] = []
-    added: list[Tensor] = []
+    for leaf in gradients:  # before anything is written
+        if leaf.grad is not None and leaf.grad.layout is not torch.strided:
+            raise ValueError(
+                f"the .grad of a parameter of shape {tuple(leaf.shape)} is sparse: set it to None"
+            )
     for leaf, gradient in gradients.items():
         if leaf.grad is None:
             leaf.grad = gradient
         else:
-            held.append(leaf.grad)
-            added.append(gradient)
-    if held:
-        torch._foreach_add_(held, added)
+            leaf.grad += gradient
 
 
 @contextlib.contextmanager
@@ -200,11 +197,11 @@ def _losses(
         if entry.loss is None or isinstance(entry.loss, Tensor):
             loss = entry.loss
         else:
-            with torch.enable_grad(), noted(f"in the closure of {entry.where}"):
+            with torch.enable_grad(), noted(f"in the closure of {entry}"):
                 loss = entry.loss()
             if any(leaf.grad is not None for leaf in held):
                 raise ValueError(
-                    f"the closure of {entry.where} called backward; it must only compute and "
+                    f"the closure of {entry} called backward; it must only compute and "
                     "return its loss, the optimizer calls backward on it"
                 )
             if loss is not None:
@@ -227,18 +224,31 @@ def _refuse_unreached(
             raise _reaches_nothing(entry)
 
 
-def _refuse_consumed(gradients: Gradients, graphs: Graphs, losses: int, where: str) -> None:
-    """``losses``: the bits of those whose gradients these are."""
-    for leaf, bits in graphs.leaves.items():
-        if leaf._post_accumulate_grad_hooks and bits & losses and leaf not in gradients:
-            raise ValueError(
-                f"{where}: a post-accumulate hook has consumed the gradient of a parameter of "
-                f"shape {tuple(leaf.shape)}; optimizers that step inside backward cannot be "
-                "decoupled, remove the hook"
-            )
+@contextlib.contextmanager
+def _refuse_consumed(leaves: Iterable[Tensor], where: Entry | str) -> Iterator[None]:
+    """No hook of the user's may take a gradient away, as optimizers do that step in backward."""
+    consumed: list[Tensor] = []
+
+    def look(leaf: Tensor) -> None:
+        if leaf.grad is None:
+            consumed.append(leaf)
+
+    hooked = [leaf for leaf in leaves if leaf._post_accumulate_grad_hooks]
+    handles = [leaf.register_post_accumulate_grad_hook(look) for leaf in hooked]  # the last one
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    if consumed:
+        raise ValueError(
+            f"{where}: a post-accumulate hook has consumed the gradient of a parameter of shape "
+            f"{tuple(consumed[0].shape)}; optimizers that step inside backward cannot be "
+            "decoupled, remove the hook"
+        )
 
 
-def _refuse_sparse(gradients: Gradients, where: str) -> None:
+def _refuse_sparse(gradients: Gradients, where: Entry | str) -> None:
     for leaf, gradient in gradients.items():
         if gradient.layout is not torch.strided:
             raise ValueError(
@@ -250,7 +260,7 @@ def _refuse_sparse(gradients: Gradients, where: str) -> None:
 
 def _in_backward(entry: Entry) -> str:
     return (
-        f"in the backward of {entry.where}; if its graph was freed: do not call backward yourself, "
+        f"in the backward of {entry}; if its graph was freed: do not call backward yourself, "
         "give a loss once, and let a closure run its own forward (losses that share one are given "
         "as tensors)"
     )
@@ -258,5 +268,5 @@ def _in_backward(entry: Entry) -> str:
 
 def _reaches_nothing(entry: Entry) -> ValueError:
     return ValueError(
-        f"{entry.where} does not depend on any parameter of this optimizer that requires grad"
+        f"{entry} does not depend on any parameter of this optimizer that requires grad"
     )

@@ -37,7 +37,7 @@ class Decoupling:
     text   1.000  2.000   0.50    1.50
     audio  1.000  2.000   0.50    1.50
     text and audio conflict (120 degrees)
-    no conflicting loss dominates another: alignment 1.00
+    the plain sum lowers every loss all the same: alignment 1.00
     """
 
     names: tuple[str, ...]
@@ -106,10 +106,8 @@ class Decoupling:
 
         Per row: ``loss/NAME``, ``norm/NAME``, ``share/NAME``, ``weight/NAME``. Over all pairs:
         ``conflict_rate``, ``cosine_min``, ``dominance_max``, ``alignment``. In a NAME, what some
-        loggers refuse ("+" of a combination) becomes "-".
-
-        Raises:
-            ValueError: two names become one by that.
+        loggers refuse ("+" of a combination) becomes "-"; names that become one by that are
+        numbered.
         """
         per_row = {
             "loss": self.losses,
@@ -119,7 +117,7 @@ class Decoupling:
         }
         names = [re.sub(r"[^\w .-]", "-", name) for name in self.names]
         if len(set(names)) < len(names):
-            raise ValueError(f"two of the names {self.names} are one for a logger: {names}")
+            names = [f"{name}-{index}" for index, name in enumerate(names)]
         keys = [f"{prefix}{kind}/{name}" for kind in per_row for name in names]
         tensors = [tensor.to(self.gramian.device, torch.float64) for tensor in per_row.values()]
         pairs = self._pairs(self.cosine())
@@ -152,6 +150,8 @@ class Decoupling:
 
     def _quarrels(self, most: int = 10) -> list[str]:
         """A line for each conflicting pair, the widest angle first."""
+        if not bool(self.gramian.isfinite().all()):
+            return []
         pairs = itertools.combinations(self.names, 2)
         angles = dict(zip(pairs, self.angles().tolist(), strict=True))
         conflicts = sorted(self.conflicts(), key=lambda pair: -angles[pair])
@@ -182,16 +182,20 @@ class Decoupling:
         conflicts = self.gramian < 0
         if not bool(conflicts.any()):
             return "no pair conflicts: decoupling changes nothing in this step"
-        result = f"alignment {self.alignment():.2f}"
-        if bool((self.weights == 1).all()):
-            result = "the weights leave it so"
-        dominance = torch.where(conflicts, self.dominance(), 0.0)
-        j, k = divmod(int(dominance.argmax()), len(self.names))
-        if dominance[j, k] <= 1.0:
-            return f"no conflicting loss dominates another: {result}"
+        left = bool((self.weights == 1).all())
+        result = "the weights leave it so" if left else f"alignment {self.alignment():.2f}"
+        # To first order the plain sum changes loss k by -sum_j K_jk, in units of K_kk.
+        change = self.gramian.sum(0) / _nonzero(self.gramian.diagonal())
+        k = int(change.argmin())
+        if change[k] >= 0.0:
+            return f"the plain sum lowers every loss all the same: {result}"
+        dominance = torch.where(conflicts, self.dominance(), 0.0)[:, k]
+        j = int(dominance.argmax())
+        if dominance[j] <= 1.0:
+            return f"the others together push {self.names[k]} backwards: {result}"
         return (
-            f"{self.names[j]} dominates {self.names[k]} ({dominance[j, k]:.1f} times) and pushes "
-            f"it backwards: {result}"
+            f"{self.names[j]} dominates {self.names[k]} ({dominance[j]:.1f} times) and pushes it "
+            f"backwards: {result}"
         )
 
     def _alignment(self) -> Tensor:

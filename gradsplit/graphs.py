@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 
 __all__ = ["Graphs", "survey"]
 
@@ -18,43 +18,59 @@ class Graphs:
     hidden: int  # bits of the losses behind which there may be leaves that the graph does not show
     retained: list[bool]  # whether a later loss needs some of a loss's graph
 
-    def reached_by_all(self, leaf: Tensor) -> bool:
-        """Whether every loss reaches the leaf, or may."""
-        return self.leaves.get(leaf, 0) | self.hidden == (1 << len(self.retained)) - 1
+    def reached_by_all(self, leaf: Tensor, surely: bool = False) -> bool:
+        """Whether every loss reaches the leaf; or, unless ``surely``, may behind what is hidden."""
+        hidden = 0 if surely else self.hidden
+        return self.leaves.get(leaf, 0) | hidden == (1 << len(self.retained)) - 1
 
 
 def survey(losses: Sequence[Tensor]) -> Graphs:
     """Look through the graphs of all losses, each node once."""
     roots = [get_gradient_edge(loss).node for loss in losses]
-    following: dict[Node, list[Node]] = {}
-    waiting = dict.fromkeys(roots, 0)  # node -> edges into it that are still to be followed
-    stack = list(waiting)
-    while stack:
-        node = stack.pop()
-        following[node] = [other for other, _ in node.next_functions if other is not None]
-        for other in following[node]:
-            if other not in waiting:
-                waiting[other] = 0
-                stack.append(other)
-            waiting[other] += 1
-    bits = dict.fromkeys(waiting, 0)  # node -> bits of the losses in whose graph it is
+    marks = {root: _Mark() for root in roots}
+    nodes = list(marks)
+    for node in nodes:  # which grows on the way
+        mark = marks[node]
+        for following, _ in node.next_functions:
+            if following is not None:
+                if following not in marks:
+                    marks[following] = _Mark()
+                    nodes.append(following)
+                marks[following].waiting += 1
+                mark.following.append(marks[following])
+        if not mark.following:
+            mark.leaf = getattr(node, "variable", None)
+        elif isinstance(node, BackwardCFunction):
+            mark.hides = True
     for place, root in enumerate(roots):
-        bits[root] |= 1 << place
+        marks[root].losses |= 1 << place
     leaves: dict[Tensor, int] = {}
     hidden = retained = 0
-    ready = [node for node in dict.fromkeys(roots) if waiting[node] == 0]
+    ready = [mark for mark in marks.values() if mark.waiting == 0]
     while ready:
-        node = ready.pop()
-        own = bits[node]
-        if not following[node] and (leaf := getattr(node, "variable", None)) is not None:
-            leaves[leaf] = own  # with nothing that a backward frees
+        mark = ready.pop()
+        if mark.leaf is not None:
+            leaves[mark.leaf] = mark.losses  # with nothing that a backward frees
             continue
-        retained |= own ^ (1 << (own.bit_length() - 1))  # all losses but the last
-        if isinstance(node, BackwardCFunction):
-            hidden |= own  # behind a reentrant checkpoint: its backward will tell
-        for other in following[node]:
-            bits[other] |= own
-            waiting[other] -= 1
-            if waiting[other] == 0:
+        retained |= mark.losses ^ (1 << (mark.losses.bit_length() - 1))  # all but the last
+        if mark.hides:
+            hidden |= mark.losses
+        for other in mark.following:
+            other.losses |= mark.losses
+            other.waiting -= 1
+            if other.waiting == 0:
                 ready.append(other)
     return Graphs(leaves, hidden, [bool(retained >> place & 1) for place in range(len(losses))])
+
+
+class _Mark:
+    """What is noted of a node."""
+
+    __slots__ = ("following", "hides", "leaf", "losses", "waiting")
+
+    def __init__(self) -> None:
+        self.following: list[_Mark] = []
+        self.waiting = 0  # edges into it that are still to be followed
+        self.losses = 0  # bits of the losses in whose graph it is
+        self.leaf: Tensor | None = None
+        self.hides = False  # leaves, as a reentrant checkpoint does: its backward will tell

@@ -42,24 +42,25 @@ class Block:
             stop = start + parameter.numel() * (2 if parameter.is_complex() else 1)
             unit = 128 // dtype.itemsize if index < len(parameters) else algebra.RUN
             start = -(-stop // unit) * unit
-            if start > stop:
-                self._sources.append(
-                    torch.zeros(start - stop, dtype=dtype, device=parameter.device)
-                )
+            zeros = torch.zeros(start - stop, dtype=dtype, device=parameter.device)
+            if len(zeros) > 0 or len(parameters) == 1:  # one source alone would not be copied
+                self._sources.append(zeros)
         self._columns = start
         self._complex = any(parameter.is_complex() for parameter in parameters)
         self._plain = all(p.dtype == dtype and p.is_contiguous() for p in parameters)
 
-    def add(self, loss: int, gradients: list[Tensor]) -> None:
-        """Copy gradients, one per parameter, into the row of a loss, or add them to it."""
+    def add(self, loss: int, gradients: list[Tensor], factor: float = 1.0) -> None:
+        """Add ``factor`` times copies of gradients, one per parameter, to the row of a loss."""
         if self._complex:
             gradients = [
                 torch.view_as_real(g.resolve_conj()) if g.is_complex() else g for g in gradients
             ]
         if loss in self.rows:
-            torch._foreach_add_(self._views(self.rows[loss]), gradients)
+            torch._foreach_add_(self._views(self.rows[loss]), gradients, alpha=factor)
         else:
             self.rows[loss] = self._row_of(gradients)
+            if factor != 1.0:
+                self.rows[loss] *= factor
 
     def emptied(self) -> Iterator[tuple[int, dict[Tensor, Tensor]]]:
         """Each loss with its row by parameter; this block loses them, one after the other."""
@@ -100,7 +101,7 @@ class Jacobian:
         shared: rows are kept of what every backward so far has reached; what a backward does not
             reach leaves the rows. False: rows are kept of all eligible parameters.
         single: each loss has one backward only, so that what is in no row can be summed across
-            losses at once. Else it is summed per loss, for each loss has its own count.
+            losses at once. Else it is kept per loss, for each loss has its own mean.
         reduction: how :meth:`merged` divides: ``"mean"``, ``"sum"`` or ``"released"``.
         row_dtype: what wider gradients are rounded to; None: nothing is.
     """
@@ -113,7 +114,7 @@ class Jacobian:
         self.blocks: list[Block] = []
         self.backwards = 0
         self._single, self._reduction, self._row_dtype = single, reduction, row_dtype
-        self._losses: list[Tensor] = []  # summed over micro-batches
+        self._losses: list[Tensor] = []  # means, as rows and sums are
         self._counts: list[int] = []  # backwards of each loss
         self._common: set[Tensor] = set()  # reached by every backward
         self._sums: defaultdict[int, dict[Tensor, Tensor]] = defaultdict(dict)  # of all in no row
@@ -125,18 +126,21 @@ class Jacobian:
 
         Args:
             name: of the loss.
-            loss: its value.
+            loss: its value, detached.
             gradients: of every leaf that the backward reached. They are copied.
             eligible: the parameters that may be in rows.
         """
         first, self.backwards = self.backwards == 0, self.backwards + 1
         number = self.names.setdefault(name, len(self.names))
-        if number < len(self._losses):
-            self._losses[number] = self._losses[number] + loss.detach()
-            self._counts[number] += 1
-        else:
-            self._losses.append(loss.detach())
+        factor = 1.0
+        if number == len(self._losses):
+            self._losses.append(loss)
             self._counts.append(1)
+        else:
+            self._counts[number] += 1
+            factor = 1.0 / self._counts[number]
+            self._losses[number] = self._losses[number] * (1.0 - factor) + loss * factor
+            self._shrink(number, 1.0 - factor)
         outside = dict(gradients)
         for block in list(self.blocks):
             found = [outside.pop(parameter, None) for parameter in block.parameters]
@@ -144,12 +148,12 @@ class Jacobian:
             if len(reached) < len(found) and (reached or self.shared):
                 block = self._part(block, gradients)
             if reached:
-                block.add(number, reached)
+                block.add(number, reached, factor)
         if first or not self.shared:
             for block in self._new_blocks([leaf for leaf in outside if leaf in eligible]):
-                block.add(number, [outside.pop(parameter) for parameter in block.parameters])
+                block.add(number, [outside.pop(p) for p in block.parameters], factor)
                 self.blocks.append(block)
-        self._sum(number, outside)
+        self._sum(number, outside, factor)
         if self._reduction == "released":
             self._common = set(gradients) if first else self._common & gradients.keys()
 
@@ -168,15 +172,11 @@ class Jacobian:
             total = part if total is None else total + part
         if total is None:
             return torch.zeros(m, m, dtype=torch.float64, device=device)
-        if max(self._counts) > 1:
-            counts = self._count_of_each(device)
-            total = total / counts / counts[:, None]
         return total
 
     def losses(self) -> Tensor:
         """(m,): the mean of each loss over the micro-batches in which it was available."""
-        pairs = zip(self._losses, self._counts, strict=True)
-        return join_losses([loss / count if count > 1 else loss for loss, count in pairs])
+        return join_losses(self._losses)
 
     def merged(self, weights: Tensor, fused: bool | None) -> dict[Tensor, Tensor]:
         """w^T J in scope and plain sums elsewhere, by leaf; both of means, divided at last.
@@ -184,11 +184,7 @@ class Jacobian:
         Args:
             weights: (m,), float64, for the mean rows.
             fused: as in :func:`gradsplit.rows.merged`.
-
-        Uses the sums up.
         """
-        if max(self._counts) > 1:
-            weights = weights / self._count_of_each(weights.device)
         merged: dict[Tensor, Tensor] = {}
         for block in self.blocks:
             losses, rows = block.in_order()
@@ -198,17 +194,23 @@ class Jacobian:
             dtype = _real(block.parameters[0].dtype)
             merged |= block.gradients(algebra.merged(rows, factors, dtype, fused))
         totals: dict[Tensor, Tensor] = {}
-        for number, sums in self._sums.items():
-            count = 1 if self._single else self._counts[number]
+        for sums in self._sums.values():
             for leaf, part in sums.items():
-                part = part.div_(count) if count > 1 else part
-                totals[leaf] = totals[leaf].add_(part) if leaf in totals else part
+                totals[leaf] = totals[leaf] + part if leaf in totals else part
         for leaf, total in totals.items():
             divisor = self._divisor(leaf)
-            total = (total.div_(divisor) if divisor > 1 else total).to(leaf.dtype)
+            total = (total / divisor if divisor > 1 else total).to(leaf.dtype)
             # Both where it came into scope within the window.
             merged[leaf] = merged[leaf] + total if leaf in merged else total
         return merged
+
+    def _shrink(self, number: int, factor: float) -> None:
+        """Multiply all that a loss has left: another micro-batch will be added to its mean."""
+        for block in self.blocks:
+            if number in block.rows:
+                block.rows[number] *= factor
+        for part in self._sums[number].values():
+            part *= factor
 
     def _part(self, block: Block, gradients: Gradients) -> Block:
         """Part a block from what a backward has not reached of it; what it has comes first."""
@@ -225,14 +227,16 @@ class Jacobian:
         self.blocks[place : place + 1] = parts
         return parts[0] if parts else block
 
-    def _sum(self, number: int, gradients: Gradients) -> None:
+    def _sum(self, number: int, gradients: Gradients, factor: float = 1.0) -> None:
         sums = self._sums[0 if self._single else number]
         for leaf, gradient in gradients.items():
             if leaf in sums:
-                sums[leaf] += gradient
+                sums[leaf].add_(gradient, alpha=factor)
             else:  # a storage of its own, for autograd may give one to two leaves
                 wide = torch.promote_types(gradient.dtype, torch.float32)
                 sums[leaf] = gradient.to(wide, copy=True)
+                if factor != 1.0:
+                    sums[leaf] *= factor
 
     def _new_blocks(self, parameters: Sequence[Tensor]) -> list[Block]:
         """One for each device and dtype."""
@@ -248,11 +252,6 @@ class Jacobian:
     def _divisor(self, leaf: Tensor) -> int:
         divides = self._reduction == "mean" or leaf in self._common  # of "released" alone
         return len(self.names) if divides else 1
-
-    def _count_of_each(self, device: torch.device) -> Tensor:
-        """(m,), float64, made where it is used: nothing waits for the host."""
-        counts = [torch.full((1,), n, dtype=torch.float64, device=device) for n in self._counts]
-        return torch.cat(counts)
 
 
 def _index(numbers: Sequence[int], device: torch.device) -> Tensor:

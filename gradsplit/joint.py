@@ -31,7 +31,7 @@ def joint_loss(entries: list[Entry], reduction: str, decouple: Decouple) -> Tens
     for entry in entries:
         if entry.loss is not None and not isinstance(entry.loss, Tensor):
             raise TypeError(
-                f"{entry.where} is a closure; joint needs the value of each loss: give the loss "
+                f"{entry} is a closure; joint needs the value of each loss: give the loss "
                 "itself, or use backward(losses), which takes closures"
             )
         losses[entry.name] = entry.loss

@@ -1,7 +1,7 @@
 """What the user hands over: names, closures, None; every check that needs no backward."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,18 +21,20 @@ class Entry(NamedTuple):
     place: int  # 1 ... m
     of: int  # m
 
-    @property
-    def where(self) -> str:
+    def __str__(self) -> str:
         """For messages: "loss 2 of 4 ('text+audio')"."""
         return f"loss {self.place} of {self.of} ({self.name!r})"
 
 
-def read_losses(losses: Losses, needs_grad: bool = True) -> list[Entry]:
+def read_losses(
+    losses: Losses, needs_grad: bool = True, earlier: Iterable[str] = ()
+) -> list[Entry]:
     """Name the losses and check all that can be checked before any closure or backward runs.
 
     Args:
         losses: as in :meth:`gradsplit.ModalityDecoupledOptimizer.backward`.
         needs_grad: whether a loss that requires no grad is an error.
+        earlier: names from earlier micro-batches: no combination may come in another order.
 
     Raises:
         TypeError: not a mapping or sequence; a key that is no name; a loss that is neither tensor,
@@ -52,7 +54,7 @@ def read_losses(losses: Losses, needs_grad: bool = True) -> list[Entry]:
         )
     if not values:
         raise ValueError("losses is empty: give one loss per modality or combination")
-    _refuse_double_names(names)
+    _refuse_double_names(names, earlier)
     pairs = enumerate(zip(names, values, strict=True), start=1)
     entries = [Entry(name, value, place, len(names)) for place, (name, value) in pairs]
     seen: dict[Tensor, Entry] = {}
@@ -61,14 +63,14 @@ def read_losses(losses: Losses, needs_grad: bool = True) -> list[Entry]:
         if isinstance(entry.loss, Tensor):
             if entry.loss in seen:
                 raise ValueError(
-                    f"{entry.where} is the same tensor as {seen[entry.loss].where}; give each loss "
+                    f"{entry} is the same tensor as {seen[entry.loss]}; give each loss "
                     "once, under one name"
                 )
             seen[entry.loss] = entry
             device = checked_loss(entry.loss, entry, device, needs_grad).device
         elif entry.loss is not None and not callable(entry.loss):
             raise TypeError(
-                f"{entry.where} must be a scalar loss tensor, a closure or None; "
+                f"{entry} must be a scalar loss tensor, a closure or None; "
                 f"got {_describe(entry.loss)}"
             )
     return entries
@@ -81,7 +83,7 @@ def checked_loss(
 
     It is that of ``entry``, or what its closure has returned.
     """
-    where = entry.where if loss is entry.loss else f"the closure of {entry.where}: its result"
+    where = entry if loss is entry.loss else f"the closure of {entry}: its result"
     if not isinstance(loss, Tensor):
         raise TypeError(f"{where} must be a scalar loss or None, got {_describe(loss)}")
     if loss.dim() > 1 or loss.numel() != 1:
@@ -130,28 +132,31 @@ def add_note(error: BaseException, note: str) -> None:
 
 
 def _name(key: Any) -> str:
-    if isinstance(key, str):
+    if isinstance(key, str) and key:
         return key
     if isinstance(key, tuple) and key and all(isinstance(part, str) for part in key):
         return "+".join(key)
     raise TypeError(
-        f"losses has the key {key!r}; keys are names, or non-empty tuples of modality names"
+        f"losses has the key {key!r}; keys are names, or tuples of names, and not empty"
     )
 
 
-def _refuse_double_names(names: Sequence[str]) -> None:
-    seen: dict[frozenset[str], str] = {}
+def _refuse_double_names(names: Sequence[str], earlier: Iterable[str]) -> None:
+    # The order in a combination means nothing.
+    known = {frozenset(name.split("+")): name for name in earlier}
+    seen: set[frozenset[str]] = set()
     for name in names:
         parts = name.split("+")
-        combination = frozenset(parts)  # the order in a combination means nothing
-        if len(combination) < len(parts):
+        combination = frozenset(parts)
+        if len(combination) < len(parts) and all(parts):
             raise ValueError(f"losses: the combination {name!r} names a modality twice")
-        if combination in seen:
+        if combination in seen or known.get(combination, name) != name:
             raise ValueError(
-                f"losses has two entries for one combination, {seen[combination]!r} and {name!r}; "
-                "give each combination once"
+                f"losses has two entries for one combination, {known[combination]!r} and {name!r}; "
+                "give each combination once, and in one order"
             )
-        seen[combination] = name
+        seen.add(combination)
+        known[combination] = name
 
 
 def _describe(value: object) -> str:

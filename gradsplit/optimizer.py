@@ -54,7 +54,7 @@ class _Window:
 
     keyed: bool  # the losses came in a mapping
     jacobian: Jacobian
-    absent: dict[str, None] = field(default_factory=dict)  # unavailable in some micro-batch
+    absent: dict[str, Any] = field(default_factory=dict)  # unavailable in some micro-batch
     graphs: defaultdict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
 
 
@@ -113,15 +113,17 @@ class ModalityDecoupledOptimizer(Optimizer):
     A loss *reaches* a parameter when autograd says so: its gradient is not None. Parameters that no
     loss reaches keep ``.grad`` as it was; frozen parameters are ignored. A parameter that a loss
     reaches in one micro-batch and not in another is not shared in that window. Leaves outside the
-    optimizer that the losses reach are treated as private parameters are. Gradients are taken with
+    optimizer that the losses reach are treated as private parameters are (those that only a
+    reentrant checkpoint knows of cannot be seen, and get the plain sum). Gradients are taken with
     one backward per loss, so tensor hooks fire once per loss. Losses that share a graph need no
     ``retain_graph``. Dot products are accurate to 2e-6 of the product of the two norms or better,
     and in float64 for float64 gradients, however small or large the gradients are; the merged
     gradient is rounded to their dtype last. Complex parameters count as pairs of reals. NaN and inf
     in a gradient reach ``.grad`` and are never dropped, so that ``torch.amp.GradScaler`` sees them.
     (A loss that averages no sample is NaN: give None for it.) Memory for gradients peaks at m + 1
-    times the shared parameters and twice the private ones, besides what ``.grad`` held before, and
-    nothing waits for the host until a report is read.
+    times the shared parameters and about twice the private ones (with :meth:`accumulate`: once for
+    each loss that reaches them), besides what ``.grad`` held before, and nothing waits for the host
+    until a report is read.
 
     *Two optimizers.* Parameters that belong to another optimizer (Muon for matrices, AdamW for the
     rest) get the plain mean of their gradients. To decouple all of them, wrap one base that steps
@@ -242,7 +244,7 @@ class ModalityDecoupledOptimizer(Optimizer):
                 accumulated, sparse gradients, gradients that a hook has consumed, a rule that does
                 not return (m,) weights, LBFGS as base, gradients that ``fused=True`` cannot take, a
                 loss that reaches none of the ``conflict_parameters``. Parameters, ``.grad`` and
-                optimizer state are as before.
+                optimizer state are as before, but for what hooks of yours have done.
 
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
         >>> opt = ModalityDecoupledOptimizer(SGD([weight], lr=0.1), reduction="sum")
@@ -291,7 +293,8 @@ class ModalityDecoupledOptimizer(Optimizer):
         Returns:
             The mean of the losses (``reduction="sum"``: their sum), shape (). Its backward
             multiplies each loss by the gradient that arrives, and decouples; the report, of losses
-            multiplied so, is :attr:`last`. Without grad mode it is a plain number.
+            multiplied so, is :attr:`last`. (``backward(inputs=...)`` does not get there.) Without
+            grad mode it is a plain number.
 
         Raises:
             TypeError, ValueError: as :meth:`backward`, here or when backward is called; a closure.
@@ -394,9 +397,10 @@ class ModalityDecoupledOptimizer(Optimizer):
             # One loss has no conflicts: exactly its gradient, NaN only where it has NaN.
             alone = len(gramian) == 1 or not jacobian.blocks
             weights = torch.ones_like(gramian[0]) if alone else self._weights(gramian)
+            absent = window.absent | taken
             report = Decoupling(
                 names=tuple(jacobian.names),
-                unavailable=tuple(name for name in window.absent if name not in jacobian.names),
+                unavailable=tuple(name for name in absent if name not in jacobian.names),
                 losses=jacobian.losses(),
                 gramian=gramian,
                 weights=weights,
@@ -404,14 +408,13 @@ class ModalityDecoupledOptimizer(Optimizer):
             if self._options.conflict_parameters is None:
                 merged = jacobian.merged(weights, self._options.fused)
             else:
-                trainable = self._trainable()
-                merged = weighted_backward(
-                    window.graphs, weights, trainable, self._options.reduction
-                )
+                graphs, window.graphs = window.graphs, defaultdict(list)  # they are used up
+                reduction = self._options.reduction
+                merged = weighted_backward(graphs, weights, self._trainable(), reduction)
+            if replace:
+                self._base.zero_grad()
+            add_gradients({leaf: g for leaf, g in merged.items() if leaf.requires_grad})
         self._windows.clear()
-        if replace:
-            self._base.zero_grad()
-        add_gradients({leaf: g for leaf, g in merged.items() if leaf.requires_grad})
         self._write_counters(self._counter(_SEED), self._counter(_MERGES) + 1)
         self._reports[:] = [report]
         return report, taken
@@ -427,8 +430,8 @@ class ModalityDecoupledOptimizer(Optimizer):
                 "LBFGS evaluates its closure several times per step and cannot take losses; "
                 "use step(closure) with a closure that calls backward itself"
             )
-        entries = read_losses(losses)
         window = self._window(isinstance(losses, Mapping), last)
+        entries = read_losses(losses, earlier=window.jacobian.names)
         jacobian, earlier = window.jacobian, window.jacobian.backwards
         self._active.append(None)
         try:
@@ -436,10 +439,10 @@ class ModalityDecoupledOptimizer(Optimizer):
             if not jacobian.names:
                 names = ", ".join(repr(entry.name) for entry in entries)
                 raise ValueError(f"losses: all are unavailable (None): {names}; skip this batch")
-            window.absent.update(dict.fromkeys(name for name in taken if taken[name] is None))
             yield window, taken
         except BaseException as error:
-            if earlier and jacobian.backwards > earlier:
+            used_up = bool(self._options.conflict_parameters) and not window.graphs
+            if earlier and (jacobian.backwards > earlier or used_up):
                 self._windows.clear()
                 add_note(
                     error,
@@ -449,6 +452,7 @@ class ModalityDecoupledOptimizer(Optimizer):
             raise
         finally:
             self._active.clear()
+        window.absent.update(dict.fromkeys(name for name in taken if taken[name] is None))
         self._windows[:] = [window]
 
     def _take(self, entries: list[Entry], window: _Window) -> dict[str, Tensor | None]:
@@ -528,7 +532,7 @@ class ModalityDecoupledOptimizer(Optimizer):
                 "two steps and nothing has been decoupled: give this optimizer the losses one by "
                 "one, opt.backward(losses), or opt.joint(losses) where a framework calls backward; "
                 "loss.backward() is plain training",
-                stacklevel=6,  # of whoever calls step, through what torch has wrapped around it
+                stacklevel=6,  # of a bare step(), through what torch has wrapped around it
             )
 
     # -- the contract of torch.optim -----------------------------------------------------------

@@ -133,9 +133,8 @@ def _signed(value: int) -> int:
 
 
 def _squared_norms(gramian: Tensor) -> Tensor:
-    """(..., m): the diagonal, with 1 for zero rows, whose conflicts are zero too: 0 / 1 = 0."""
-    diagonal = gramian.diagonal(dim1=-2, dim2=-1)
-    return diagonal + (diagonal == 0)
+    """(..., m): the diagonal, positive: the conflicts of a zero row are zero too, 0 / tiny = 0."""
+    return gramian.diagonal(dim1=-2, dim2=-1).clamp(min=torch.finfo(gramian.dtype).tiny)
 
 
 def _checked(gramian: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Two optimizers, decoupled together: Muon for matrices, AdamW for the rest.
 
 Wrapping one of the two would give the other one's parameters the plain mean of their gradients.
-A base that steps both is wrapped instead. Add parameter groups to the parts, before that;
-``torch.distributed.checkpoint`` does not take its state dict.
+A base that steps both is wrapped instead. ``torch.distributed.checkpoint`` does not take its state
+dict.
 """
 
 import torch
@@ -16,6 +16,11 @@ class Both(Optimizer):
     def __init__(self, *parts):
         super().__init__([group for part in parts for group in part.param_groups], {})
         self.parts = parts
+
+    def add_param_group(self, param_group):
+        if hasattr(self, "parts"):
+            raise RuntimeError("add the group to one of the parts, before they are wrapped")
+        super().add_param_group(param_group)
 
     def step(self, closure=None):
         loss = None if closure is None else closure()
