@@ -6,6 +6,7 @@ which are there to tell the weights, come from ``autograd.grad``.)
 """
 
 import contextlib
+import functools
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
@@ -65,7 +66,7 @@ def take_rows(
                 _set_aside_more(graphs.leaves, held)
             with noted(_in_backward(entry)), _refuse_consumed(held, entry):
                 torch.autograd.backward(loss, retain_graph=graphs.retained[place])
-            gradients = {leaf: g for leaf in held if (g := leaf.grad) is not None}
+            gradients = {leaf: leaf.grad for leaf in held if leaf.grad is not None}
             _refuse_sparse(gradients, entry)
             if gradients.keys().isdisjoint(parameters):
                 raise _reaches_nothing(entry)
@@ -227,19 +228,20 @@ def _refuse_unreached(
 @contextlib.contextmanager
 def _refuse_consumed(leaves: Iterable[Tensor], where: Entry | str) -> Iterator[None]:
     """No hook of the user's may take a gradient away, as optimizers do that step in backward."""
-    consumed: list[Tensor] = []
-
-    def look(leaf: Tensor) -> None:
-        if leaf.grad is None:
-            consumed.append(leaf)
-
     hooked = [leaf for leaf in leaves if leaf._post_accumulate_grad_hooks]
-    handles = [leaf.register_post_accumulate_grad_hook(look) for leaf in hooked]  # the last one
+    arrived: set[Tensor] = set()
+
+    def note(leaf: Tensor, gradient: Tensor | None) -> None:
+        if gradient is not None:
+            arrived.add(leaf)
+
+    handles = [leaf.register_hook(functools.partial(note, leaf)) for leaf in hooked]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+    consumed = [leaf for leaf in hooked if leaf in arrived and leaf.grad is None]
     if consumed:
         raise ValueError(
             f"{where}: a post-accumulate hook has consumed the gradient of a parameter of shape "

@@ -56,7 +56,8 @@ class Block:
                 torch.view_as_real(g.resolve_conj()) if g.is_complex() else g for g in gradients
             ]
         if loss in self.rows:
-            torch._foreach_add_(self._views(self.rows[loss]), gradients, alpha=factor)
+            for view, gradient in zip(self._views(self.rows[loss]), gradients, strict=True):
+                view.add_(gradient, alpha=factor)
         else:
             self.rows[loss] = self._row_of(gradients)
             if factor != 1.0:
@@ -184,6 +185,8 @@ class Jacobian:
         Args:
             weights: (m,), float64, for the mean rows.
             fused: as in :func:`gradsplit.rows.merged`.
+
+        Uses the sums up.
         """
         merged: dict[Tensor, Tensor] = {}
         for block in self.blocks:
@@ -194,12 +197,12 @@ class Jacobian:
             dtype = _real(block.parameters[0].dtype)
             merged |= block.gradients(algebra.merged(rows, factors, dtype, fused))
         totals: dict[Tensor, Tensor] = {}
-        for sums in self._sums.values():
-            for leaf, part in sums.items():
-                totals[leaf] = totals[leaf] + part if leaf in totals else part
+        while self._sums:
+            for leaf, part in self._sums.popitem()[1].items():
+                totals[leaf] = totals[leaf].add_(part) if leaf in totals else part
         for leaf, total in totals.items():
             divisor = self._divisor(leaf)
-            total = (total / divisor if divisor > 1 else total).to(leaf.dtype)
+            total = (total.div_(divisor) if divisor > 1 else total).to(leaf.dtype)
             # Both where it came into scope within the window.
             merged[leaf] = merged[leaf] + total if leaf in merged else total
         return merged

@@ -56,6 +56,7 @@ class _Window:
     jacobian: Jacobian
     absent: dict[str, Any] = field(default_factory=dict)  # unavailable in some micro-batch
     graphs: defaultdict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+    used_up: bool = False  # merging has begun
 
 
 class ModalityDecoupledOptimizer(Optimizer):
@@ -405,12 +406,12 @@ class ModalityDecoupledOptimizer(Optimizer):
                 gramian=gramian,
                 weights=weights,
             )
+            window.used_up = True
             if self._options.conflict_parameters is None:
                 merged = jacobian.merged(weights, self._options.fused)
             else:
-                graphs, window.graphs = window.graphs, defaultdict(list)  # they are used up
-                reduction = self._options.reduction
-                merged = weighted_backward(graphs, weights, self._trainable(), reduction)
+                trainable, reduction = self._trainable(), self._options.reduction
+                merged = weighted_backward(window.graphs, weights, trainable, reduction)
             if replace:
                 self._base.zero_grad()
             add_gradients({leaf: g for leaf, g in merged.items() if leaf.requires_grad})
@@ -441,13 +442,12 @@ class ModalityDecoupledOptimizer(Optimizer):
                 raise ValueError(f"losses: all are unavailable (None): {names}; skip this batch")
             yield window, taken
         except BaseException as error:
-            used_up = bool(self._options.conflict_parameters) and not window.graphs
-            if earlier and (jacobian.backwards > earlier or used_up):
+            if earlier and (jacobian.backwards > earlier or window.used_up):
                 self._windows.clear()
                 add_note(
                     error,
-                    "rows accumulated from earlier micro-batches had already been added to and "
-                    "were dropped; start the accumulation again",
+                    "rows accumulated from earlier micro-batches had already been added to, or "
+                    "merged, and were dropped; start the accumulation again",
                 )
             raise
         finally:

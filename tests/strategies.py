@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 _elements = st.integers(-32, 32).map(lambda eighths: eighths / 8)
+# 1024 elements fill a row of their own: nothing is put between or behind them.
+_sizes = st.sampled_from([1, 2, 3, 1024])
 _scales = st.one_of(st.just(1.0), st.integers(-6, 6).map(lambda e: 10.0**e))
 
 
@@ -56,12 +58,19 @@ def jacobians_with_orders(
 
 
 @st.composite
+def _gradients(draw: st.DrawFn, size: int) -> Tensor:
+    few = min(size, 3)
+    values = draw(st.lists(_elements, min_size=few, max_size=few))
+    return torch.tensor(values, dtype=torch.float64).repeat(-(-size // few))[:size]
+
+
+@st.composite
 def partial_rows(
     draw: st.DrawFn, max_losses: int = 4, max_params: int = 4
 ) -> list[list[Tensor | None]]:
-    """m rows over P parameters of 1 to 3 elements; each loss reaches one parameter at least."""
+    """m rows over P parameters; each loss reaches one parameter at least."""
     m = draw(st.integers(1, max_losses))
-    sizes = draw(st.lists(st.integers(1, 3), min_size=1, max_size=max_params))
+    sizes = draw(st.lists(_sizes, min_size=1, max_size=max_params))
     rows: list[list[Tensor | None]] = []
     for _ in range(m):
         surely = draw(st.integers(0, len(sizes) - 1))
@@ -71,8 +80,7 @@ def partial_rows(
             if p != surely and draw(st.sampled_from([False, False, True])):
                 row.append(None)
             else:
-                values = draw(st.lists(_elements, min_size=size, max_size=size))
-                row.append(scale * torch.tensor(values, dtype=torch.float64))
+                row.append(scale * draw(_gradients(size)))
         rows.append(row)
     return rows
 
@@ -85,7 +93,7 @@ def windows(
 
     The first micro-batch has one loss at least; each loss reaches one parameter at least.
     """
-    sizes = draw(st.lists(st.integers(1, 3), min_size=1, max_size=max_params))
+    sizes = draw(st.lists(_sizes, min_size=1, max_size=max_params))
     batches: list[dict[str, list[Tensor | None] | None]] = []
     for number in range(draw(st.integers(1, max_batches))):
         names = draw(st.lists(st.sampled_from("abc"), min_size=1, max_size=3, unique=True))
@@ -101,8 +109,6 @@ def windows(
 def _reaching_rows(draw: st.DrawFn, sizes: list[int]) -> list[Tensor | None]:
     surely = draw(st.integers(0, len(sizes) - 1))
     return [
-        torch.tensor(draw(st.lists(_elements, min_size=size, max_size=size)), dtype=torch.float64)
-        if p == surely or draw(st.integers(0, 2))
-        else None
+        draw(_gradients(size)) if p == surely or draw(st.integers(0, 2)) else None
         for p, size in enumerate(sizes)
     ]

@@ -361,3 +361,21 @@ def test_copies_keep_the_option(copied: Callable[[Any], Any], option: str) -> No
     for p, q in zip(model.parameters(), other_model.parameters(), strict=True):
         assert torch.equal(p, q)
     assert opt.state_dict().keys() == other.state_dict().keys()
+
+
+class _Identity(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+def test_a_function_of_the_users_makes_nothing_shared() -> None:
+    """``reduction="released"`` divides what every loss reaches, and not what one of them does."""
+    s, a, b = (nn.Parameter(torch.zeros(2)) for _ in range(3))
+    opt = optimizer_of([s, a, b], reduction="released", conflict_parameters=[s])
+    opt.backward({"a": _Identity.apply(s + a).sum(), "b": _Identity.apply(s + b).sum()})
+    assert [p.grad[0].item() for p in (s, a, b)] == [1.0, 1.0, 1.0]

@@ -244,3 +244,29 @@ def test_a_compiled_forward_that_losses_share_is_exact_on_the_trunk(reduction: s
     expected = decouple(rows, scope=inside, reduction=reduction)
     for ours, theirs in zip(grads(model), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
+
+
+class _DropsOne(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, kept: Tensor, dropped: Tensor) -> Tensor:
+        return kept.sum() + dropped.sum()
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.expand(2), None
+
+
+def test_a_harmless_hook_on_a_parameter_without_gradient_is_no_error() -> None:
+    p, q = (nn.Parameter(torch.zeros(2)) for _ in range(2))
+    q.register_post_accumulate_grad_hook(lambda leaf: None)
+    opt = ModalityDecoupledOptimizer(torch.optim.SGD([p, q], lr=0.1))
+    opt.backward([_DropsOne.apply(p, q), p.sum()])
+    assert p.grad is not None and q.grad is None
+
+
+def test_a_name_may_have_a_plus_and_none_may_be_empty() -> None:
+    p = nn.Parameter(torch.zeros(2))
+    opt = ModalityDecoupledOptimizer(torch.optim.SGD([p], lr=0.1))
+    assert opt.backward({"c++": p.sum()}).names == ("c++",)
+    with pytest.raises(TypeError, match="not empty"):
+        opt.backward({"": p.sum()})

@@ -333,3 +333,77 @@ def test_a_window_after_another_starts_afresh() -> None:
         opt.accumulate(linear_losses([p, q], window))
         opt.backward(linear_losses([p, q], window))
     assert_rows_equal([p.grad, q.grad], decouple(rows), rows)
+
+
+class _Lent(torch.autograd.Function):
+    """Hands its gradient out from a tensor of somebody else."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, lent: Tensor) -> Tensor:
+        ctx.lent = lent
+        return p.sum()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.lent, None
+
+
+@pytest.mark.parametrize("size", [3, 1024])
+def test_gradients_are_copied_whatever_they_are_part_of(size: int) -> None:
+    """A parameter whose gradient fills a row, or does not, in a block of its own."""
+    p = nn.Parameter(torch.zeros(size))
+    lent = torch.ones(2, size)
+    opt = optimizer_of([p])
+    for _ in range(2):
+        opt.accumulate({"a": _Lent.apply(p, lent[1])})
+    opt.backward({"a": _Lent.apply(p, lent[1])})
+    torch.testing.assert_close(p.grad, torch.ones(size))
+    assert (lent == 1).all()
+
+
+def test_the_mean_of_half_precision_rows_does_not_overflow() -> None:
+    """Nobody may divide: four times 30000 is not a float16, their mean is."""
+    p, q = (nn.Parameter(torch.zeros(2, dtype=torch.float16)) for _ in range(2))
+    opt = optimizer_of([p, q])
+    for _ in range(3):
+        opt.accumulate({"a": (p * 30000).sum(), "b": ((p + q) * 30000).sum()})
+    report = opt.backward({"a": (p * 30000 + 20000).sum(), "b": ((p + q) * 30000 + 20000).sum()})
+    assert report.losses.isfinite().all()
+    assert p.grad.tolist() == [30000.0] * 2 and q.grad.tolist() == [15000.0] * 2
+
+
+def test_a_combination_keeps_its_order_over_a_window() -> None:
+    p = nn.Parameter(torch.zeros(1))
+    opt = optimizer_of([p])
+    opt.accumulate({("t", "a"): p.sum()})
+    with pytest.raises(ValueError, match=r"'t\+a' and 'a\+t'"):
+        opt.backward({("a", "t"): p.sum()})
+    assert opt.backward({("t", "a"): p.sum()}).names == ("t+a",)
+
+
+def test_names_of_a_call_that_failed_are_forgotten() -> None:
+    p = nn.Parameter(torch.zeros(1))
+    opt = optimizer_of([p])
+    opt.accumulate({"a": p.sum()})
+    with pytest.raises(ValueError, match="requires no grad"):
+        opt.backward({"c": None, "a": torch.ones(())})
+    opt.zero_grad()
+    opt.accumulate({"a": p.sum()})
+    assert opt.backward({"a": p.sum()}).unavailable == ()
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions take no notes")
+def test_a_weighted_backward_that_fails_drops_the_window_and_says_so() -> None:
+    """Its graphs are used up, even where the last micro-batch had nothing to add."""
+    p = nn.Parameter(torch.ones(2))
+    opt = optimizer_of([p], conflict_parameters=[p])
+    loss = (p * p).sum()
+    opt.accumulate({"a": loss})
+    loss.backward()  # the user's own, which frees the graph
+    p.grad = None
+    with pytest.raises(RuntimeError, match="second time") as caught:
+        opt.backward({"a": None})
+    assert any("dropped" in note for note in caught.value.__notes__)
+    assert p.grad is None
+    opt.backward({"a": (3 * p).sum()})
+    assert p.grad.tolist() == [3.0, 3.0]
