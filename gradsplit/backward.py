@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gradsplit.graphs import Graphs, survey
 from gradsplit.jacobian import Gradients, Jacobian
-from gradsplit.losses import Entry, checked_loss, noted
+from gradsplit.losses import Entry, add_note, checked_loss, noted
 
 __all__ = ["add_gradients", "take_partial_rows", "take_rows", "weighted_backward"]
 
@@ -64,8 +64,7 @@ def take_rows(
                 graphs, place = survey([loss]), 0
                 _refuse_unreached([entry], graphs, parameters)
                 _set_aside_more(graphs.leaves, held)
-            with noted(_in_backward(entry)), _refuse_consumed(held, entry):
-                torch.autograd.backward(loss, retain_graph=graphs.retained[place])
+            _backward([loss], None, graphs.retained[place], held, entry)
             gradients = {leaf: leaf.grad for leaf in held if leaf.grad is not None}
             _refuse_sparse(gradients, entry)
             if gradients.keys().isdisjoint(parameters):
@@ -140,12 +139,7 @@ def weighted_backward(
     found = survey(losses)
     with _set_aside(parameters) as held:
         _set_aside_more(found.leaves, held)
-        note = (
-            "in the one backward of all losses; with conflict_parameters their graphs are needed "
-            "until then: do not call backward yourself"
-        )
-        with noted(note), _refuse_consumed(held, "a loss"):
-            torch.autograd.backward(losses, factors)
+        _backward(losses, factors, False, held)
         gradients = {leaf: leaf.grad for leaf in held if leaf.grad is not None}
     _refuse_sparse(gradients, "a loss")
     if reduction == "released":
@@ -168,6 +162,39 @@ def add_gradients(gradients: Gradients) -> None:
             leaf.grad = gradient
         else:
             leaf.grad += gradient
+
+
+def _backward(
+    losses: Sequence[Tensor],
+    factors: Sequence[Tensor] | None,
+    retain_graph: bool,
+    held: Iterable[Tensor],
+    entry: Entry | None = None,
+) -> None:
+    """torch's, of one ``entry`` or of all weighted losses, and no hook takes a gradient away."""
+    hooked = [leaf for leaf in held if leaf._post_accumulate_grad_hooks]
+    arrived: set[Tensor] = set()
+
+    def note(leaf: Tensor, gradient: Tensor | None) -> None:
+        if gradient is not None:
+            arrived.add(leaf)
+
+    handles = [leaf.register_hook(functools.partial(note, leaf)) for leaf in hooked]
+    try:
+        torch.autograd.backward(losses, factors, retain_graph=retain_graph)
+    except Exception as error:
+        add_note(error, _in_backward(entry))
+        raise
+    finally:
+        for handle in handles:
+            handle.remove()
+    for leaf in hooked:
+        if leaf in arrived and leaf.grad is None:
+            raise ValueError(
+                f"{entry or 'a loss'}: a post-accumulate hook has consumed the gradient of a "
+                f"parameter of shape {tuple(leaf.shape)}; optimizers that step inside backward "
+                "cannot be decoupled, remove the hook"
+            )
 
 
 @contextlib.contextmanager
@@ -225,31 +252,6 @@ def _refuse_unreached(
             raise _reaches_nothing(entry)
 
 
-@contextlib.contextmanager
-def _refuse_consumed(leaves: Iterable[Tensor], where: Entry | str) -> Iterator[None]:
-    """No hook of the user's may take a gradient away, as optimizers do that step in backward."""
-    hooked = [leaf for leaf in leaves if leaf._post_accumulate_grad_hooks]
-    arrived: set[Tensor] = set()
-
-    def note(leaf: Tensor, gradient: Tensor | None) -> None:
-        if gradient is not None:
-            arrived.add(leaf)
-
-    handles = [leaf.register_hook(functools.partial(note, leaf)) for leaf in hooked]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-    consumed = [leaf for leaf in hooked if leaf in arrived and leaf.grad is None]
-    if consumed:
-        raise ValueError(
-            f"{where}: a post-accumulate hook has consumed the gradient of a parameter of shape "
-            f"{tuple(consumed[0].shape)}; optimizers that step inside backward cannot be "
-            "decoupled, remove the hook"
-        )
-
-
 def _refuse_sparse(gradients: Gradients, where: Entry | str) -> None:
     for leaf, gradient in gradients.items():
         if gradient.layout is not torch.strided:
@@ -260,11 +262,16 @@ def _refuse_sparse(gradients: Gradients, where: Entry | str) -> None:
             )
 
 
-def _in_backward(entry: Entry) -> str:
+def _in_backward(entry: Entry | None) -> str:
+    if entry is None:
+        return (
+            "in the one backward of all losses; with conflict_parameters their graphs are needed "
+            "until then: do not call backward yourself"
+        )
     return (
-        f"in the backward of {entry}; if its graph was freed: do not call backward yourself, "
-        "give a loss once, and let a closure run its own forward (losses that share one are given "
-        "as tensors)"
+        f"in the backward of {entry}; if its graph was freed: do not call backward yourself, give "
+        "a loss once, and let a closure run its own forward (losses that share one are given as "
+        "tensors)"
     )
 
 
