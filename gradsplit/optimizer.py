@@ -310,7 +310,12 @@ class ModalityDecoupledOptimizer(Optimizer):
         """
         self._refuse_inside_closure("joint()")
         entries = read_losses(losses, needs_grad=torch.is_grad_enabled())
-        return joint_loss(entries, self._options.reduction, self.backward)
+        keyed = isinstance(losses, Mapping)
+
+        def decouple(scaled: dict[str, Any]) -> None:
+            self.backward(scaled if keyed else list(scaled.values()))
+
+        return joint_loss(entries, self._options.reduction, decouple)
 
     # torch declares step(closure); a mapping or sequence of losses is our extension of it.
     @_untraced
@@ -431,8 +436,9 @@ class ModalityDecoupledOptimizer(Optimizer):
                 "LBFGS evaluates its closure several times per step and cannot take losses; "
                 "use step(closure) with a closure that calls backward itself"
             )
+        earlier_names = self._windows[0].jacobian.names if self._windows else ()
+        entries = read_losses(losses, earlier=earlier_names)
         window = self._window(isinstance(losses, Mapping), last)
-        entries = read_losses(losses, earlier=window.jacobian.names)
         jacobian, earlier = window.jacobian, window.jacobian.backwards
         self._active.append(None)
         try:

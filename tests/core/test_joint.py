@@ -239,3 +239,22 @@ def test_an_error_inside_leaves_grad_as_it_was(fault: str) -> None:
     with pytest.raises((RuntimeError, ValueError)):
         joint.backward()
     snapshot.assert_unchanged()
+
+
+@pytest.mark.parametrize("kind", [list, tuple, dict])
+def test_it_ends_a_window_as_backward_does(kind: type) -> None:
+    """Pending rows of a sequence are those of a sequence."""
+    p = nn.Parameter(torch.zeros(2))
+    opt = optimizer_of([p], reduction="sum")
+
+    def losses(factor: float) -> Any:
+        pair = [(p * factor).sum(), (p * -factor).sum() / 2]
+        return dict(zip("ab", pair, strict=True)) if kind is dict else kind(pair)
+
+    opt.accumulate(losses(2.0))
+    opt.joint(losses(4.0)).backward()
+    by_joint = p.grad
+    opt.zero_grad()
+    opt.accumulate(losses(2.0))
+    opt.backward(losses(4.0))
+    assert torch.equal(by_joint, p.grad)

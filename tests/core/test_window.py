@@ -407,3 +407,11 @@ def test_a_weighted_backward_that_fails_drops_the_window_and_says_so() -> None:
     assert p.grad is None
     opt.backward({"a": (3 * p).sum()})
     assert p.grad.tolist() == [3.0, 3.0]
+
+
+def test_what_is_no_losses_at_all_is_not_taken_for_a_sequence() -> None:
+    p = nn.Parameter(torch.zeros(2))
+    opt = optimizer_of([p])
+    opt.accumulate({"a": p.sum()})
+    with pytest.raises(TypeError, match="losses must be a mapping"):
+        opt.backward(p.sum())
