@@ -11,7 +11,7 @@ from gradsplit.losses import Entry, join_losses
 
 __all__ = ["joint_loss"]
 
-Decouple = Callable[[dict[str, Any]], object]
+Decouple = Callable[[Any], object]
 
 
 def joint_loss(entries: list[Entry], reduction: str, decouple: Decouple) -> Tensor:

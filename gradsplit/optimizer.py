@@ -312,7 +312,7 @@ class ModalityDecoupledOptimizer(Optimizer):
         entries = read_losses(losses, needs_grad=torch.is_grad_enabled())
         keyed = isinstance(losses, Mapping)
 
-        def decouple(scaled: dict[str, Any]) -> None:
+        def decouple(scaled: Any) -> None:
             self.backward(scaled if keyed else list(scaled.values()))
 
         return joint_loss(entries, self._options.reduction, decouple)
