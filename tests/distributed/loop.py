@@ -1,0 +1,54 @@
+"""A training script for torchrun: ``loop.py FOLDER KILL`` resumes from its last checkpoint.
+
+In its first life, rank 1 is killed in the middle of a backward of step KILL (0: never).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from tests.distributed.cases import Case, start
+
+STEPS, EVERY = 12, 5
+
+
+def main(folder: Path, kill: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=20))
+    net, opt, case, rank, world = start(Case(missing="one rank"))
+    saved, begin = folder / "saved.pt", 0
+    if saved.exists():
+        begin, parameters, state = torch.load(saved)
+        net.load_state_dict(parameters)
+        opt.load_state_dict(state)
+
+    first_life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+
+    def die(_: torch.Tensor) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    for step in range(begin, STEPS):
+        losses = case.losses(net, step, 0, rank, world)
+        if (
+            kill
+            and step == kill
+            and rank == 1
+            and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+        ):
+            net.module.trunk[1].weight.register_hook(die)
+        opt.step(losses)
+        if (step + 1) % EVERY == 0 and rank == 0:
+            torch.save((step + 1, net.state_dict(), opt.state_dict()), folder / "new.pt")
+            (folder / "new.pt").replace(saved)
+    torch.save(net.state_dict(), folder / f"rank{rank}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
