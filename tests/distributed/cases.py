@@ -197,11 +197,11 @@ def place() -> tuple[int, int]:
 
 
 def error_of(call: Callable[[], object]) -> str:
-    """The type and text of what ``call`` raises; empty: nothing."""
+    """What ``call`` raises, after its types ("KeyError LookupError Exception: ..."), or nothing."""
     try:
         call()
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        return f"{' '.join(kind.__name__ for kind in type(error).__mro__[:-2])}: {error}"
     return ""
 
 

@@ -36,12 +36,7 @@ def main(folder: Path, kill: int) -> None:
 
     for step in range(begin, STEPS):
         losses = case.losses(net, step, 0, rank, world)
-        if (
-            kill
-            and step == kill
-            and rank == 1
-            and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-        ):
+        if first_life and kill and (step, rank) == (kill, 1):
             net.module.trunk[1].weight.register_hook(die)
         opt.step(losses)
         if (step + 1) % EVERY == 0 and rank == 0:

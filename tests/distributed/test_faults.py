@@ -120,7 +120,6 @@ ERRORS = {
     "a hook": Fault(("no data",), spoil=break_second_backward, own="Mishap"),
 }
 FAULTS = MISMATCHES | ERRORS
-EACH = [(name, given) for name, fault in FAULTS.items() for given in fault.given]
 
 
 @dataclass
@@ -160,9 +159,14 @@ def suffer(name: str, given: str, how: str, pending: bool) -> Suffered:
     return Suffered(error, seconds, gradients, [whole(p) for p in net.parameters()])
 
 
-@pytest.mark.parametrize("pending", [False, True])
-@pytest.mark.parametrize("how", ["ddp", "group"])
-@pytest.mark.parametrize(("name", "given"), EACH)
+SITUATIONS = [
+    *((name, given, "ddp", False) for name, fault in FAULTS.items() for given in fault.given),
+    *((name, fault.given[0], "ddp", True) for name, fault in FAULTS.items() if not fault.options),
+    *((name, "closures", "group", False) for name in ("names", "a last closure", "a hook")),
+]
+
+
+@pytest.mark.parametrize(("name", "given", "how", "pending"), SITUATIONS)
 def test_a_fault_on_one_rank_is_told_on_all(
     ranks, name: str, given: str, how: str, pending: bool
 ) -> None:
@@ -170,21 +174,17 @@ def test_a_fault_on_one_rank_is_told_on_all(
 
     Rows that were pending are kept everywhere or dropped everywhere.
     """
-    fault, world = FAULTS[name], 4 if given == "closures" and how == "ddp" else 2
-    if pending and fault.options:
-        pytest.skip("the micro-batch before would have been refused")
-    if world == 4 and name in MISMATCHES:
-        world = 2
+    fault, world = FAULTS[name], 4 if name in ("fewer", "a last closure") else 2
     outcomes: list[Suffered] = ranks(world).run(suffer, name, given, how, pending)
     *others, odd = outcomes
-    assert odd.error.startswith(fault.own)
+    assert fault.own in odd.error.partition(":")[0]
     for outcome in outcomes:
         assert outcome.seconds < 10
         assert all(word in outcome.error for word in fault.words), outcome.error
         assert same(outcome.gradients, odd.gradients)
         assert same(outcome.parameters, odd.parameters)
     for outcome in others if name in ERRORS else outcomes:
-        assert outcome.error.startswith("RuntimeError")
+        assert "RuntimeError" in outcome.error.partition(":")[0]
         assert re.search(rf"ranks? [\d, and]*{world - 1}", outcome.error), outcome.error
     expected: Outcome = alone(Case(steps=2), world)
     for ours, theirs in zip(odd.parameters, expected.parameters, strict=True):
@@ -204,7 +204,7 @@ def nothing_available(given: str, call: str) -> tuple[str, str]:
 @pytest.mark.parametrize("given", ["one forward", "closures"])
 def test_what_no_rank_has_is_an_error(ranks, given: str, call: str) -> None:
     for error, afterwards in ranks(2).run(nothing_available, given, call):
-        assert error.startswith("ValueError") and "unavailable" in error
+        assert "ValueError" in error and "unavailable" in error
         assert not afterwards
 
 
