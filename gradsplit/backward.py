@@ -9,6 +9,7 @@ import contextlib
 import functools
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from torch import Tensor
 from gradsplit.graphs import Graphs, survey
 from gradsplit.jacobian import Gradients, Jacobian
 from gradsplit.losses import Entry, add_note, checked_loss, noted
+
+if TYPE_CHECKING:
+    from gradsplit.distributed import ShardedJacobian
 
 __all__ = ["add_gradients", "take_partial_rows", "take_rows", "weighted_backward"]
 
@@ -26,7 +30,7 @@ Taken = dict[str, Tensor | None]
 def take_rows(
     entries: Sequence[Entry],
     parameters: Sequence[Tensor],
-    jacobian: Jacobian,
+    jacobian: "Jacobian | ShardedJacobian",
     eligible: Collection[Tensor],
 ) -> Taken:
     """Run every closure, and one backward per loss; what they leave goes into ``jacobian``.
@@ -46,9 +50,11 @@ def take_rows(
         TypeError, ValueError: what a closure returned is not a loss.
     """
     taken: Taken = {}
-    with _set_aside(parameters) as held:
+    with _set_aside([*parameters, *jacobian.leaves]) as held:
         given = [entry for entry in entries if isinstance(entry.loss, Tensor)]
         together = survey([e.loss for e in given if isinstance(e.loss, Tensor)])
+        if not jacobian.graphs_tell:
+            together.hidden = (1 << len(given)) - 1
         _refuse_unreached(given, together, parameters)
         _set_aside_more(together.leaves, held)
         if jacobian.shared:  # rows start at their final size, as far as the graphs tell
@@ -57,11 +63,13 @@ def take_rows(
         for entry, loss in _losses(entries, held):
             if loss is None:
                 taken[entry.name] = None
+                jacobian.add(entry.name, None, {}, eligible)
                 continue
             if isinstance(entry.loss, Tensor):
                 graphs, place = together, next(places)
             else:
                 graphs, place = survey([loss]), 0
+                graphs.hidden |= not jacobian.graphs_tell
                 _refuse_unreached([entry], graphs, parameters)
                 _set_aside_more(graphs.leaves, held)
             _backward([loss], None, graphs.retained[place], held, entry)
@@ -81,7 +89,7 @@ def take_partial_rows(
     entries: Sequence[Entry],
     parameters: Sequence[Tensor],
     measured: Sequence[Tensor],
-    jacobian: Jacobian,
+    jacobian: "Jacobian | ShardedJacobian",
     graphs: defaultdict[str, list[Tensor]],
 ) -> Taken:
     """Rows on ``measured`` alone, by backwards that stop there; the graphs are kept.
@@ -95,15 +103,13 @@ def take_partial_rows(
         ValueError: as :func:`take_rows`; a loss reaches none of the ``measured``.
     """
     taken: Taken = {}
-    with _set_aside(parameters) as held:
+    with _set_aside([*parameters, *jacobian.leaves]) as held:
         for entry, loss in _losses(entries, held):
             if loss is None:
                 taken[entry.name] = None
+                jacobian.add(entry.name, None, {}, set(measured))
                 continue
-            with noted(_in_backward(entry)):
-                found = torch.autograd.grad(loss, measured, retain_graph=True, allow_unused=True)
-            pairs = zip(measured, found, strict=True)
-            gradients = {leaf: gradient for leaf, gradient in pairs if gradient is not None}
+            gradients = _partial_row(loss, measured, jacobian.stops, held, entry)
             if not gradients:
                 raise ValueError(
                     f"{entry} reaches none of the conflict_parameters, so that its conflicts "
@@ -120,33 +126,38 @@ def weighted_backward(
     graphs: Mapping[str, Sequence[Tensor]],
     weights: Tensor,
     parameters: Sequence[Tensor],
+    jacobian: "Jacobian | ShardedJacobian",
     reduction: str,
 ) -> dict[Tensor, Tensor]:
     """The gradient of sum_i w_i loss_i, by leaf: one ordinary backward through all graphs.
 
     Args:
-        graphs: m names, each with the loss of every micro-batch that had it; their mean is weighed.
-        weights: (m,).
+        graphs: by name, the loss of every micro-batch that had it; their mean is weighed.
+        weights: (m,), for the ``jacobian``'s names.
         parameters: of the optimizer, those that require grad.
+        jacobian: of the partial rows.
         reduction: ``"mean"``, ``"sum"`` or ``"released"``.
     """
     losses: list[Tensor] = []
     factors: list[Tensor] = []
-    for some, weight in zip(graphs.values(), weights.unbind(), strict=True):
+    m = len(jacobian.names)
+    for name, weight in zip(jacobian.names, weights.unbind(), strict=True):
+        some = graphs.get(name, ())
         losses += some
-        weight = weight / (len(some) * (len(graphs) if reduction == "mean" else 1))
+        weight = weight * (jacobian.share(name) / (m if reduction == "mean" else 1))
         factors += [weight.to(loss).reshape(loss.shape) for loss in some]
     found = survey(losses)
-    with _set_aside(parameters) as held:
+    with _set_aside([*parameters, *jacobian.leaves]) as held:
         _set_aside_more(found.leaves, held)
-        _backward(losses, factors, False, held)
+        if losses:
+            _backward(losses, factors, False, held)
         gradients = {leaf: leaf.grad for leaf in held if leaf.grad is not None}
     _refuse_sparse(gradients, "a loss")
+    everywhere: set[Tensor] | None = set()
     if reduction == "released":
-        for leaf, gradient in gradients.items():
-            if found.reached_by_all(leaf, surely=True):
-                gradients[leaf] = gradient / len(graphs)
-    return gradients
+        common = {leaf for leaf in gradients if found.reached_by_all(leaf, surely=True)}
+        everywhere = common if losses else None
+    return jacobian.averaged(gradients, everywhere, m)
 
 
 @torch.no_grad()
@@ -162,6 +173,27 @@ def add_gradients(gradients: Gradients) -> None:
             leaf.grad = gradient
         else:
             leaf.grad += gradient
+
+
+def _partial_row(
+    loss: Tensor,
+    measured: Sequence[Tensor],
+    stops: bool,
+    held: Mapping[Tensor, Tensor | None],
+    entry: Entry,
+) -> dict[Tensor, Tensor]:
+    """The gradients of ``measured``, by a backward that goes no further where it can stop."""
+    found: Sequence[Tensor | None]
+    if stops:
+        with noted(_in_backward(entry)):
+            found = torch.autograd.grad(loss, measured, retain_graph=True, allow_unused=True)
+    else:
+        _backward([loss], None, True, held, entry)
+        found = [leaf.grad for leaf in measured]
+        for leaf in held:
+            leaf.grad = None
+    pairs = zip(measured, found, strict=True)
+    return {leaf: gradient for leaf, gradient in pairs if gradient is not None}
 
 
 def _backward(

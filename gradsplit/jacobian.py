@@ -10,7 +10,7 @@ from torch._utils import _flatten_dense_tensors
 from gradsplit import rows as algebra
 from gradsplit.losses import join_losses
 
-__all__ = ["Block", "Gradients", "Jacobian"]
+__all__ = ["Block", "Gradients", "Jacobian", "in_memory"]
 
 Gradients = Mapping[Tensor, Tensor]
 """Leaf -> gradient, or what was made of gradients."""
@@ -36,7 +36,7 @@ class Block:
         self._sources: list[Tensor | None] = []  # what a row is put together from; None: a gradient
         start = 0
         for index, parameter in enumerate(parameters, start=1):
-            shape, strides = _in_memory(parameter)
+            shape, strides = in_memory(parameter)
             self._pieces.append((shape, strides, start))
             self._sources.append(None)
             stop = start + parameter.numel() * (2 if parameter.is_complex() else 1)
@@ -107,10 +107,15 @@ class Jacobian:
         row_dtype: what wider gradients are rounded to; None: nothing is.
     """
 
+    graphs_tell = True  # which leaves a backward will reach
+    stops = True  # a backward can stop at some leaves
+    leaves: Sequence[Tensor] = ()  # others that backwards may reach beside the graph
+
     def __init__(
         self, shared: bool, single: bool, reduction: str, row_dtype: torch.dtype | None
     ) -> None:
         self.shared = shared
+        self.uncounted: Collection[Tensor] = ()  # left to the Gramian of another rank
         self.names: dict[str, int] = {}
         self.blocks: list[Block] = []
         self.backwards = 0
@@ -121,16 +126,18 @@ class Jacobian:
         self._sums: defaultdict[int, dict[Tensor, Tensor]] = defaultdict(dict)  # of all in no row
 
     def add(
-        self, name: str, loss: Tensor, gradients: Gradients, eligible: Collection[Tensor]
+        self, name: str, loss: Tensor | None, gradients: Gradients, eligible: Collection[Tensor]
     ) -> None:
         """Take the gradients of one backward.
 
         Args:
             name: of the loss.
-            loss: its value, detached.
+            loss: its value, detached; None: it is unavailable.
             gradients: of every leaf that the backward reached. They are copied.
             eligible: the parameters that may be in rows.
         """
+        if loss is None:
+            return
         first, self.backwards = self.backwards == 0, self.backwards + 1
         number = self.names.setdefault(name, len(self.names))
         factor = 1.0
@@ -163,6 +170,8 @@ class Jacobian:
         m, device = len(self.names), self._losses[0].device
         total: Tensor | None = None
         for block in self.blocks:
+            if block.parameters[0] in self.uncounted:
+                continue
             losses, rows = block.in_order()
             part = algebra.gramian(rows, fused).to(device)
             if len(losses) < m:
@@ -207,6 +216,20 @@ class Jacobian:
             merged[leaf] = merged[leaf] + total if leaf in merged else total
         return merged
 
+    def fail(self, error: Exception) -> None:
+        """Nobody waits for this process."""
+
+    def share(self, name: str) -> float:
+        """Of one backward in the mean of a loss."""
+        return 1.0 / self._counts[self.names[name]]
+
+    def averaged(
+        self, gradients: Gradients, everywhere: Collection[Tensor] | None, m: int
+    ) -> dict[Tensor, Tensor]:
+        """Gradients of one backward of all m losses; by m where they reach ``everywhere``."""
+        common = everywhere or ()
+        return {leaf: g / m if leaf in common else g for leaf, g in gradients.items()}
+
     def _shrink(self, number: int, factor: float) -> None:
         """Multiply all that a loss has left: another micro-batch will be added to its mean."""
         for block in self.blocks:
@@ -242,11 +265,13 @@ class Jacobian:
                     sums[leaf] *= factor
 
     def _new_blocks(self, parameters: Sequence[Tensor]) -> list[Block]:
-        """One for each device and dtype."""
-        groups: defaultdict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+        """One for each device and dtype, and for what is counted and what is not."""
+        groups: defaultdict[tuple[torch.device, torch.dtype, bool], list[Tensor]]
+        groups = defaultdict(list)
         for parameter in parameters:
-            groups[parameter.device, parameter.dtype].append(parameter)
-        return [Block(group, self._dtype_of_rows(dtype)) for (_, dtype), group in groups.items()]
+            key = parameter.device, parameter.dtype, parameter in self.uncounted
+            groups[key].append(parameter)
+        return [Block(some, self._dtype_of_rows(key[1])) for key, some in groups.items()]
 
     def _dtype_of_rows(self, dtype: torch.dtype) -> torch.dtype:
         dtype, rounded = _real(dtype), self._row_dtype
@@ -262,7 +287,7 @@ def _index(numbers: Sequence[int], device: torch.device) -> Tensor:
     return torch.cat([torch.full((1,), n, dtype=torch.long, device=device) for n in numbers])
 
 
-def _in_memory(parameter: Tensor) -> tuple[Sequence[int], Sequence[int]]:
+def in_memory(parameter: Tensor) -> tuple[Sequence[int], Sequence[int]]:
     """Shape and strides of a dense tensor whose elements lie as the parameter's do, in reals."""
     dense = parameter.is_contiguous()
     strides = parameter.stride() if dense else torch.empty_like(parameter, device="meta").stride()

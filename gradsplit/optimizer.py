@@ -7,10 +7,11 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -21,6 +22,9 @@ from gradsplit.jacobian import Jacobian
 from gradsplit.joint import joint_loss
 from gradsplit.losses import Entry, Losses, add_note, read_losses
 from gradsplit.rows import has_triton
+
+if TYPE_CHECKING:
+    from gradsplit.distributed import Ranks, ShardedJacobian
 
 __all__ = ["ModalityDecoupledOptimizer"]
 
@@ -53,8 +57,8 @@ class _Window:
     """The micro-batches of one step, so far."""
 
     keyed: bool  # the losses came in a mapping
-    jacobian: Jacobian
-    absent: dict[str, Any] = field(default_factory=dict)  # unavailable in some micro-batch
+    jacobian: "Jacobian | ShardedJacobian"
+    seen: dict[str, Any] = field(default_factory=dict)  # all names, unavailable ones too
     graphs: defaultdict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
     used_up: bool = False  # merging has begun
 
@@ -174,6 +178,8 @@ class ModalityDecoupledOptimizer(Optimizer):
         fused: bool | None = None,
         conflict_parameters: Iterable[Tensor] | None = None,
         row_dtype: torch.dtype | None = None,
+        module: nn.Module | None = None,
+        process_group: Any = None,
     ) -> None:
         if isinstance(base, ModalityDecoupledOptimizer):
             raise TypeError("base is already a ModalityDecoupledOptimizer; wrap it once")
@@ -207,18 +213,25 @@ class ModalityDecoupledOptimizer(Optimizer):
                 )
         # torch's __init__ assigns defaults, state and groups; ours are the base's, which must stay
         # as they are: a stand-in takes those assignments.
-        self._base: Optimizer = SGD([torch.empty(0, requires_grad=True)], lr=0.0)
-        super().__init__(self._base.param_groups, self._base.defaults)
-        self._adopt(base, _Options(rule, scope, reduction, fused, measured, row_dtype))
+        stand_in = SGD([torch.empty(0, requires_grad=True)], lr=0.0)
+        options = _Options(rule, scope, reduction, fused, measured, row_dtype)
+        self._adopt(stand_in, options)
+        super().__init__(stand_in.param_groups, stand_in.defaults)
+        self._adopt(base, options)
         self._write_counters(seed, 0)
+        self._process_group: Any = process_group
+        self.module = module
 
     def _adopt(self, base: Optimizer, options: _Options) -> None:
         self._base, self._options = base, options
+        self._process_group = None
         # Proxies (Lightning, Fabric) share these containers: they are changed, never rebound.
         self._windows: list[_Window] = []  # the one with pending rows, if there is one
         self._reports: list[Decoupling] = []
         self._active: list[None] = []  # not empty while rows are taken
         self._plain_steps: list[None] = []  # before the first merge
+        self._modules: list[nn.Module] = []  # what holds the parameters, where that was told
+        self._ranks: list[Ranks | None] = []  # who trains them, once that has been found out
 
     # -- the decoupling ------------------------------------------------------------------------
 
@@ -403,10 +416,9 @@ class ModalityDecoupledOptimizer(Optimizer):
             # One loss has no conflicts: exactly its gradient, NaN only where it has NaN.
             alone = len(gramian) == 1 or not jacobian.blocks
             weights = torch.ones_like(gramian[0]) if alone else self._weights(gramian)
-            absent = window.absent | taken
             report = Decoupling(
                 names=tuple(jacobian.names),
-                unavailable=tuple(name for name in absent if name not in jacobian.names),
+                unavailable=tuple(n for n in window.seen | taken if n not in jacobian.names),
                 losses=jacobian.losses(),
                 gramian=gramian,
                 weights=weights,
@@ -416,7 +428,7 @@ class ModalityDecoupledOptimizer(Optimizer):
                 merged = jacobian.merged(weights, self._options.fused)
             else:
                 trainable, reduction = self._trainable(), self._options.reduction
-                merged = weighted_backward(window.graphs, weights, trainable, reduction)
+                merged = weighted_backward(window.graphs, weights, trainable, jacobian, reduction)
             if replace:
                 self._base.zero_grad()
             add_gradients({leaf: g for leaf, g in merged.items() if leaf.requires_grad})
@@ -436,18 +448,22 @@ class ModalityDecoupledOptimizer(Optimizer):
                 "LBFGS evaluates its closure several times per step and cannot take losses; "
                 "use step(closure) with a closure that calls backward itself"
             )
-        earlier_names = self._windows[0].jacobian.names if self._windows else ()
-        entries = read_losses(losses, earlier=earlier_names)
-        window = self._window(isinstance(losses, Mapping), last)
+        ranks = self._found_ranks()
+        entries, window = self._read(losses, last, ranks)
         jacobian, earlier = window.jacobian, window.jacobian.backwards
         self._active.append(None)
         try:
-            taken = self._take(entries, window)
-            if not jacobian.names:
-                names = ", ".join(repr(entry.name) for entry in entries)
-                raise ValueError(f"losses: all are unavailable (None): {names}; skip this batch")
-            yield window, taken
+            with ranks.muted() if ranks is not None else contextlib.nullcontext():
+                taken = self._take(entries, window)
+                if not jacobian.backwards:
+                    names = ", ".join(repr(entry.name) for entry in entries)
+                    raise ValueError(
+                        f"losses: all are unavailable (None): {names}; skip this batch"
+                    )
+                yield window, taken
         except BaseException as error:
+            if isinstance(error, Exception):
+                jacobian.fail(error)
             if earlier and (jacobian.backwards > earlier or window.used_up):
                 self._windows.clear()
                 add_note(
@@ -458,8 +474,28 @@ class ModalityDecoupledOptimizer(Optimizer):
             raise
         finally:
             self._active.clear()
-        window.absent.update(dict.fromkeys(name for name in taken if taken[name] is None))
+        window.seen.update(taken)
         self._windows[:] = [window]
+
+    def _read(
+        self, losses: Losses, last: bool, ranks: "Ranks | None"
+    ) -> tuple[list[Entry], _Window]:
+        """What was handed over, and the window it goes into; all ranks agree on both, or raise."""
+        try:
+            if ranks is not None:
+                ranks.check()
+            earlier_names = self._windows[0].jacobian.names if self._windows else ()
+            entries = read_losses(losses, earlier=earlier_names)
+            window = self._window(isinstance(losses, Mapping), last, ranks)
+        except Exception as error:
+            if ranks is not None:
+                ranks.agree(error)
+            raise
+        if ranks is not None:
+            call = "backward" if last else "accumulate"
+            closures = any(callable(entry.loss) for entry in entries)
+            ranks.agree(self._said(entries, window, call), closures)
+        return entries, window
 
     def _take(self, entries: list[Entry], window: _Window) -> dict[str, Tensor | None]:
         trainable = self._trainable()
@@ -474,13 +510,27 @@ class ModalityDecoupledOptimizer(Optimizer):
             )
         return take_partial_rows(entries, trainable, measured, window.jacobian, window.graphs)
 
-    def _window(self, keyed: bool, last: bool) -> _Window:
+    def _window(self, keyed: bool, last: bool, ranks: "Ranks | None") -> _Window:
         """The one with pending rows, or a new one."""
         if not self._windows:
-            shared = self._options.scope == "shared" and self._options.conflict_parameters is None
-            return _Window(
-                keyed, Jacobian(shared, last, self._options.reduction, self._options.row_dtype)
+            partial, reduction = (
+                self._options.conflict_parameters is not None,
+                self._options.reduction,
             )
+            shared = self._options.scope == "shared" and not partial
+            # Over ranks each loss arrives once.
+            single = last or ranks is not None
+            jacobian = Jacobian(shared, single, reduction, self._options.row_dtype)
+            if ranks is None:
+                return _Window(keyed, jacobian)
+            from gradsplit.distributed import ShardedJacobian
+
+            if partial and ranks.sharded and reduction == "released":
+                raise ValueError(
+                    "conflict_parameters of DTensors: reduction='released' is not supported, as "
+                    "FSDP hides which losses reach a parameter"
+                )
+            return _Window(keyed, ShardedJacobian(jacobian, ranks, last, partial))
         window = self._windows[0]
         if window.keyed != keyed:
             kinds = ("a sequence", "a mapping")
@@ -541,6 +591,59 @@ class ModalityDecoupledOptimizer(Optimizer):
                 stacklevel=6,  # of a bare step(), through what torch has wrapped around it
             )
 
+    # -- many ranks ----------------------------------------------------------------------------
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The module that holds the parameters; frameworks that wrap it late set it late."""
+        return self._modules[0] if self._modules else None
+
+    @module.setter
+    def module(self, module: nn.Module | None) -> None:
+        if not (module is None or isinstance(module, nn.Module)):
+            raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+        self._modules[:] = [] if module is None else [module]
+        self._ranks.clear()
+        if self._process_group is not None:
+            tensors = [p for group in self.param_groups for p in group["params"]]
+            if module is not None:
+                tensors += [*module.parameters(), *module.buffers()]
+            self._broadcast(tensors)
+
+    def _broadcast(self, tensors: Iterable[Tensor]) -> None:
+        ranks = self._found_ranks()
+        if ranks is not None:
+            ranks.broadcast(tensors)
+
+    def _found_ranks(self) -> "Ranks | None":
+        """Who trains the parameters together; None where it is this process alone."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return None
+        if not self._ranks:
+            from gradsplit.distributed import ranks_of
+
+            found = ranks_of(_parameters(self._base), self.module, self._process_group)
+            self._ranks.append(found)
+        return self._ranks[0]
+
+    def _said(self, entries: Sequence[Entry], window: _Window, call: str) -> dict[str, Any]:
+        """What must be the same on all ranks."""
+        places = {p: place for place, p in enumerate(_parameters(self._base))}
+
+        def plain(option: Any) -> Any:
+            if isinstance(option, list):
+                return [places[p] for p in option]
+            return getattr(option, "__qualname__", type(option)) if callable(option) else option
+
+        return {
+            "losses": [entry.name for entry in entries],
+            "call": call,
+            "names accumulated before": list(window.seen),
+            "options": {name: plain(option) for name, option in vars(self._options).items()},
+            "seed and number of merges": (self._counter(_SEED), self._counter(_MERGES)),
+            "parameters": [(tuple(p.shape), str(p.dtype), p.requires_grad) for p in places],
+        }
+
     # -- the contract of torch.optim -----------------------------------------------------------
 
     @property
@@ -588,6 +691,9 @@ class ModalityDecoupledOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base, at any time."""
         self._base.add_param_group(param_group)
+        self._ranks.clear()
+        if self._process_group is not None:
+            self._broadcast(self.param_groups[-1]["params"])
         self._write_counters(self._counter(_SEED), self._counter(_MERGES))
 
     def state_dict(self) -> dict[str, Any]:

@@ -102,6 +102,8 @@ def test_constructor_signature() -> None:
         "fused": None,
         "conflict_parameters": None,
         "row_dtype": None,
+        "module": None,
+        "process_group": None,
     }
     assert [n for n, p in parameters.items() if p.kind is not p.KEYWORD_ONLY] == ["base"]
 
