@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor, is_tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,12 +34,13 @@ class Watch(TorchDispatchMode):
         if func.namespace == "c10d":
             name, world = func.__name__, dist.get_world_size()
             # The largest tensor is the whole, gathered or yet to be scattered.
-            most = max((t.numel() for t in tree_leaves(args) if isinstance(t, Tensor)), default=0)
+            most = max((t.numel() for t in tree_leaves(args) if is_tensor(t)), default=0)
             self.sent[name] += (1 + ("allreduce" in name)) * most * (world - 1) // world
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if is_tensor(t)}
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
+        for tensor in filter(is_tensor, tree_leaves(result)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in given:  # no view, of a parameter for example
                 self._alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         self._alive = {k: v for k, v in self._alive.items() if not v[0].expired()}
         self.peak = max(self.peak, sum(size for _, size in self._alive.values()))

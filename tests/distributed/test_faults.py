@@ -161,7 +161,11 @@ def suffer(name: str, given: str, how: str, pending: bool) -> Suffered:
 
 SITUATIONS = [
     *((name, given, "ddp", False) for name, fault in FAULTS.items() for given in fault.given),
-    *((name, fault.given[0], "ddp", True) for name, fault in FAULTS.items() if not fault.options),
+    *(
+        (name, fault.given[0], "ddp", True)
+        for name, fault in FAULTS.items()
+        if not fault.options and name != "sequence"  # which is an error on one rank, too
+    ),
     *((name, "closures", "group", False) for name in ("names", "a last closure", "a hook")),
 ]
 
