@@ -90,7 +90,7 @@ class Case:
         given = {f.name: getattr(self, f.name) for f in fields(self)}
         options = given.pop("options")
         usual = vars(Case())
-        del given["within"]
+        del given["within"], given["steps"]
         told = [
             value if isinstance(value, str) else f"{name}={value}"
             for name, value in given.items()

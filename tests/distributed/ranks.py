@@ -9,7 +9,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import pytest
@@ -34,24 +34,26 @@ class Ranks:
         task = pickle.dumps((scenario, args))
         for pipe in self._pipes:
             pipe.send_bytes(task)
+        results: dict[int, Any] = {}
+        failures: list[str] = []
+        waiting = dict(zip(self._pipes, range(self.world), strict=True))
         deadline = time.monotonic() + timeout
-        results, failures = [], []
-        for rank, pipe in enumerate(self._pipes):
-            if not pipe.poll(max(0.0, deadline - time.monotonic())):
-                failures.append(f"rank {rank} did not answer within {timeout:.0f} s")
-                continue
-            try:
-                good, result = pickle.loads(pipe.recv_bytes())
-            except (EOFError, ConnectionError):
-                good, result = False, "died"
-            if good:
-                results.append(result)
-            else:
-                failures.append(f"rank {rank}: {result}")
+        while waiting and (ready := wait(list(waiting), max(0.0, deadline - time.monotonic()))):
+            for pipe in ready:
+                rank = waiting.pop(pipe)
+                try:
+                    good, results[rank] = pickle.loads(pipe.recv_bytes())
+                except (EOFError, ConnectionError):
+                    good, results[rank] = False, "died"
+                if not good:
+                    failures.append(f"rank {rank}: {results[rank]}")
+                    deadline = min(deadline, time.monotonic() + 5)  # others may wait for it
+        if waiting and not failures:
+            failures = [f"ranks {sorted(waiting.values())} did not answer within {timeout:.0f} s"]
         if failures:
             self.stop()  # nobody knows what its ranks are waiting for
             pytest.fail("\n".join(failures), pytrace=False)
-        return results
+        return [results[rank] for rank in range(self.world)]
 
     def stop(self) -> None:
         for process in self._processes:
@@ -88,6 +90,7 @@ def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
             return
         try:
             answer = pickle.dumps((True, scenario(*args)))
+            dist.barrier()  # no rank is still waiting for something
         except Exception:
             answer = pickle.dumps((False, traceback.format_exc()))
         pipe.send_bytes(answer)

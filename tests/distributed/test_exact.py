@@ -50,8 +50,25 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("case", CASES, ids=str)
+FOUR = [  # of which four ranks are shown by default; all of them are among the slow tests
+    Case(given="joint"),
+    Case(net="one trunk"),
+    Case(given="several forwards", missing="all but one"),
+    Case(given="closures", missing="everywhere"),
+    Case(given="closures", micro=3, missing="one rank"),
+    Case(net="batch norm", given="closures", missing="one rank"),
+    Case(given="closures", missing="all but one", options={"rule": "pcgrad", "seed": 3}),
+    Case(missing="one rank", options={"scope": "all", "reduction": "released"}),
+    Case(given="closures", missing="all but one", options={"conflict_parameters": "trunk"}),
+]
+RUNS = [
+    pytest.param(case, world, marks=() if world == 2 or case in FOUR else pytest.mark.slow)
+    for world in (2, 4)
+    for case in CASES
+]
+
+
+@pytest.mark.parametrize(("case", "world"), RUNS, ids=str)
 def test_ranks_equal_one_process(ranks, case: Case, world: int) -> None:
     assert_exact(case, ranks(world).run(train, case), world)
 

@@ -116,7 +116,7 @@ ERRORS = {
         own="ValueError",
         given=("closures",),
     ),
-    "a rule": Fault(("no data",), spoil=break_rule, own="Mishap"),
+    "a rule": Fault(("no data",), spoil=break_rule, own="Mishap", given=("closures",)),
     "a hook": Fault(("no data",), spoil=break_second_backward, own="Mishap"),
 }
 FAULTS = MISMATCHES | ERRORS
@@ -164,7 +164,8 @@ SITUATIONS = [
     *(
         (name, fault.given[0], "ddp", True)
         for name, fault in FAULTS.items()
-        if not fault.options and name != "sequence"  # which is an error on one rank, too
+        # (A sequence would be an error on one rank, too.)
+        if not fault.options and name not in ("sequence", "a rule")
     ),
     *((name, "closures", "group", False) for name in ("names", "a last closure", "a hook")),
 ]
