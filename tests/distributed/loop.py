@@ -21,7 +21,15 @@ STEPS, EVERY = 12, 5
 
 def main(folder: Path, kill: int) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=20))
+    life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    # torchrun's own store still has the addresses of those who died, and gloo would believe them.
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store{life}",
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=timedelta(seconds=20),
+    )
     net, opt, case, rank, world = start(Case(missing="one rank"))
     saved, begin = folder / "saved.pt", 0
     if saved.exists():
@@ -29,14 +37,12 @@ def main(folder: Path, kill: int) -> None:
         net.load_state_dict(parameters)
         opt.load_state_dict(state)
 
-    first_life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-
     def die(_: torch.Tensor) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     for step in range(begin, STEPS):
         losses = case.losses(net, step, 0, rank, world)
-        if first_life and kill and (step, rank) == (kill, 1):
+        if kill and (life, step, rank) == ("0", kill, 1):
             net.module.trunk[1].weight.register_hook(die)
         opt.step(losses)
         if (step + 1) % EVERY == 0 and rank == 0:

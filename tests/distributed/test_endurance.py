@@ -7,7 +7,6 @@ import gc
 import math
 import os
 import random
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -26,21 +25,15 @@ HERE = Path(__file__).parent
 
 def environment(**more: str) -> dict[str, str]:
     paths = [str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"} | more
-
-
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return str(free.getsockname()[1])
+    ours = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+    return os.environ | ours | more
 
 
 def test_a_killed_rank_ends_the_others(tmp_path: Path) -> None:
     """With an error, at the latest when the group's 20 s are over. (torchrun would hide it.)"""
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
     command = [sys.executable, str(HERE / "loop.py"), str(tmp_path), "7"]
     first, second = (
-        subprocess.Popen(command, env=environment(**shared, RANK=rank), stderr=subprocess.PIPE)
+        subprocess.Popen(command, env=environment(RANK=rank), stderr=subprocess.PIPE)
         for rank in "01"
     )
     assert second.wait(60) == -9
@@ -56,9 +49,8 @@ def test_torchrun_resumes_to_the_same_weights(tmp_path: Path) -> None:
     for kill in ("0", "7"):
         folder = tmp_path / kill
         folder.mkdir()
-        port = f"--rdzv-endpoint=localhost:{free_port()}"
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-        command += ["--max-restarts=1", "--rdzv-backend=c10d", port, str(HERE / "loop.py")]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node=2", "--max-restarts=1", str(HERE / "loop.py")]
         subprocess.run([*command, str(folder), kill], env=environment(), check=True, timeout=120)
         ends.append([torch.load(folder / f"rank{rank}.pt") for rank in range(2)])
     undisturbed, killed = ends

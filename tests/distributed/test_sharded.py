@@ -19,7 +19,7 @@ def sharded_backward() -> str:
     return error_of(use)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def possible(ranks) -> None:
     """torch 2.4 cannot shard without CUDA; found out by trying."""
     for error in ranks(2).run(sharded_backward):
