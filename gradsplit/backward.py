@@ -153,11 +153,12 @@ def weighted_backward(
             _backward(losses, factors, False, held)
         gradients = {leaf: leaf.grad for leaf in held if leaf.grad is not None}
     _refuse_sparse(gradients, "a loss")
-    everywhere: set[Tensor] | None = set()
-    if reduction == "released":
-        common = {leaf for leaf in gradients if found.reached_by_all(leaf, surely=True)}
-        everywhere = common if losses else None
-    return jacobian.averaged(gradients, everywhere, m)
+    reached = functools.partial(found.reached_by_all, surely=True)
+    missed = jacobian.missed(reached) if reduction == "released" else gradients
+    return {
+        leaf: gradient / m if leaf not in missed and reached(leaf) else gradient
+        for leaf, gradient in jacobian.averaged(gradients).items()
+    }
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import gc
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -328,7 +328,8 @@ class ShardedJacobian:
         for name in list(self._pending):
             self._send(name, self._pending.pop(name), self._eligible)
         self._arrive()
-        self._following = 1 + 2 * len(self._stand_ins) if self._partial else 0
+        if not self._partial:
+            self._following = 0
         total = self._part.gramian(fused)
         dist.all_reduce(total, group=self._ranks.group)
         return total
@@ -345,26 +346,19 @@ class ShardedJacobian:
         """As :meth:`Jacobian.merged`; every rank has all of it, or of DTensors its part."""
         return self._whole(self._part.merged(weights, fused))
 
-    def averaged(
-        self, gradients: Gradients, everywhere: Collection[Tensor] | None, m: int
-    ) -> dict[Tensor, Tensor]:
-        """As :meth:`Jacobian.averaged`: the mean over ranks; ``everywhere`` None: no loss here."""
-        found = {leaf: self._local(leaf, gradient) for leaf, gradient in gradients.items()}
-        message = [float(leaf in found) for leaf in self._stand_ins]
-        message += (
-            [float(leaf not in everywhere) for leaf in self._stand_ins]
-            if (everywhere is not None)
-            else [0.0] * len(self._stand_ins)
-        )
-        _, *numbers = self._ranks.sum(message, torch.zeros(()))
+    def missed(self, reached: Callable[[Tensor], bool]) -> set[Tensor]:
+        """As :meth:`Jacobian.missed`, on any rank."""
+        message = [0.0, *(float(not reached(leaf)) for leaf in self._stand_ins)]
+        _, _, *misses = self._ranks.sum(message, torch.zeros(()))
+        return {leaf for leaf, n in zip(self._stand_ins, misses, strict=True) if n > 0}
+
+    def averaged(self, gradients: Gradients) -> dict[Tensor, Tensor]:
+        """Gradients of one backward on each rank -> their mean over ranks, by leaf."""
+        row = ShardedJacobian(Jacobian(False, True, "sum", None), self._ranks, True, False)
+        row.add("", torch.zeros(()), gradients, ())
         self._following = 0
-        reach, missed = numbers[: len(self._stand_ins)], numbers[len(self._stand_ins) :]
-        reached = {leaf for leaf, n in zip(self._stand_ins, reach, strict=True) if n > 0}
-        parts = self._start(_Row(found, 1, float(self._ranks.size), 0.0, reached)).wait()
-        for leaf, misses in zip(self._stand_ins, missed, strict=True):
-            if leaf in reached and misses == 0:
-                parts[self._stand_ins[leaf]] = parts[self._stand_ins[leaf]] / m
-        return self._whole(parts)
+        row._arrive()
+        return row.merged(torch.ones(1), None)
 
     def fail(self, error: Exception) -> None:
         """Tell the others, where they wait for this rank's next message."""

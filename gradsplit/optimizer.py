@@ -619,11 +619,12 @@ class ModalityDecoupledOptimizer(Optimizer):
         """Who trains the parameters together; None where it is this process alone."""
         if not (dist.is_available() and dist.is_initialized()):
             return None
-        if not self._ranks:
+        parameters = _parameters(self._base)
+        known = self._ranks[0].leaves if self._ranks and self._ranks[0] is not None else ()
+        if not self._ranks or (known and not set(parameters).issubset(known)):
             from gradsplit.distributed import ranks_of
 
-            found = ranks_of(_parameters(self._base), self.module, self._process_group)
-            self._ranks.append(found)
+            self._ranks[:] = [ranks_of(parameters, self.module, self._process_group)]
         return self._ranks[0]
 
     def _said(self, entries: Sequence[Entry], window: _Window, call: str) -> dict[str, Any]:
@@ -691,7 +692,6 @@ class ModalityDecoupledOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base, at any time."""
         self._base.add_param_group(param_group)
-        self._ranks.clear()
         if self._process_group is not None:
             self._broadcast(self.param_groups[-1]["params"])
         self._write_counters(self._counter(_SEED), self._counter(_MERGES))
