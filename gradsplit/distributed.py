@@ -82,6 +82,15 @@ class Ranks:
             if ddp.will_sync_module_buffers():
                 ddp._sync_buffers()
 
+    @contextlib.contextmanager
+    def told(self) -> Iterator[None]:
+        """Where this rank fails inside ``with``, it says so in place of its first message."""
+        try:
+            yield
+        except Exception as error:
+            self.agree(error)
+            raise
+
     def sum(self, message: Sequence[float], *more: Tensor) -> list[float]:
         """Of numbers of all ranks, and of one-element tensors in front of them.
 
