@@ -72,6 +72,7 @@ def take_rows(
                 graphs.hidden |= not jacobian.graphs_tell
                 _refuse_unreached([entry], graphs, parameters)
                 _set_aside_more(graphs.leaves, held)
+            jacobian.ready(entry.name, loss)
             _backward([loss], None, graphs.retained[place], held, entry)
             gradients = {leaf: leaf.grad for leaf in held if leaf.grad is not None}
             _refuse_sparse(gradients, entry)
@@ -109,6 +110,7 @@ def take_partial_rows(
                 taken[entry.name] = None
                 jacobian.add(entry.name, None, {}, set(measured))
                 continue
+            jacobian.ready(entry.name, loss)
             gradients = _partial_row(loss, measured, jacobian.stops, held, entry)
             if not gradients:
                 raise ValueError(

@@ -287,6 +287,7 @@ class ShardedJacobian:
         self._stand_ins = {leaf: _stand_in(leaf, ranks) for leaf in leaves}
         self._leaves = {stand_in: leaf for leaf, stand_in in self._stand_ins.items()}
         part.uncounted = {self._stand_ins[p] for p in leaves if not _counted(p, ranks)}
+        self._heard: list[float] = []
         self._pending: dict[str, _Row] = {}
         self._counts: dict[str, float] = {}
         self._common = set(leaves)  # reached by every backward of any rank so far
@@ -303,17 +304,12 @@ class ShardedJacobian:
         """
         found = {leaf: self._local(leaf, gradient) for leaf, gradient in gradients.items()}
         have = float(loss is not None)
-        value = torch.zeros(()) if loss is None else loss
-        message = [have, *(float(leaf in found) for leaf in self._stand_ins)]
-        total, count, *reach = self._ranks.sum(message, value)
+        total, count, *reach = self._heard or self._hear(name, loss, found)
+        self._heard = []
         if count == 0:
             return
-        if self._ranks.sharded and count < self._ranks.size:
-            raise RankError(
-                f"{name!r} is unavailable on {self._ranks.size - count:.0f} of {self._ranks.size} "
-                "ranks; FSDP and tensor parallelism need every loss on every rank: where the "
-                "modality is missing, run it on zeros and multiply its loss by zero"
-            )
+        if self._ranks.sharded:  # it was said before the backward, and is the same on all
+            reach = [float(leaf in found) for leaf in self._stand_ins]
         self.backwards += 1
         reached = {leaf for leaf, n in zip(self._stand_ins, reach, strict=True) if n > 0}
         self._common &= reached
@@ -331,6 +327,24 @@ class ShardedJacobian:
         window.mine, window.count = window.mine + int(have), window.count + count
         window.loss, window.reached = window.loss + total, window.reached | reached
         self._eligible = eligible
+
+    def ready(self, name: str, loss: Tensor) -> None:
+        """Before a backward: FSDP's waits for all ranks, and one may have failed in its closure."""
+        if self._ranks.sharded:
+            self._heard = self._hear(name, loss, ())
+
+    def _hear(self, name: str, loss: Tensor | None, found: Collection[Tensor]) -> list[float]:
+        """The message of a row, summed: loss, how many have it, how many reach each leaf."""
+        have = float(loss is not None)
+        message = [have, *(float(leaf in found) for leaf in self._stand_ins)]
+        heard = self._ranks.sum(message, torch.zeros(()) if loss is None else loss)
+        if self._ranks.sharded and 0 < heard[1] < self._ranks.size:
+            raise RankError(
+                f"{name!r} is unavailable on {self._ranks.size - heard[1]:.0f} of "
+                f"{self._ranks.size} ranks; FSDP and tensor parallelism need every loss on every "
+                "rank: where the modality is missing, run it on zeros and multiply its loss by zero"
+            )
+        return heard
 
     def gramian(self, fused: bool | None) -> Tensor:
         """(m, m), float64, of whole rows; bit for bit the same on all ranks."""
@@ -371,6 +385,7 @@ class ShardedJacobian:
 
     def fail(self, error: Exception) -> None:
         """Tell the others, where they wait for this rank's next message."""
+        self._heard = []
         if self._following and not isinstance(error, RankError):
             self._ranks.fail(error, self._following)
 

@@ -125,6 +125,9 @@ class Jacobian:
         self._common: set[Tensor] = set()  # reached by every backward
         self._sums: defaultdict[int, dict[Tensor, Tensor]] = defaultdict(dict)  # of all in no row
 
+    def ready(self, name: str, loss: Tensor) -> None:
+        """Called before each backward."""
+
     def add(
         self, name: str, loss: Tensor | None, gradients: Gradients, eligible: Collection[Tensor]
     ) -> None:

@@ -506,7 +506,10 @@ class ModalityDecoupledOptimizer(Optimizer):
         if ranks is not None:
             call = "backward" if last else "accumulate"
             closures = any(callable(entry.loss) for entry in entries)
-            ranks.agree(self._said(entries, window, call), closures)
+            said = self._said(entries, window, call)
+            if ranks.sharded:  # or torch's own collectives would wait for each other
+                said["available losses"] = [e.name for e in entries if e.loss is not None]
+            ranks.agree(said, closures)
         return entries, window
 
     def _take(self, entries: list[Entry], window: _Window) -> dict[str, Tensor | None]:
