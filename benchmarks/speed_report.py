@@ -490,13 +490,15 @@ def _ranks_table(cells: Sequence[Mapping[str, Any]], content: Content) -> str:
         "\n## Many ranks\n\n"
         f"The MLP, {layers} layers of width {width}, n = {cells[0]['elements']:,} or little more; "
         f"batch {content['sizes']['utterances']} on each of R ranks, processes of\none thread on "
-        "this machine, gloo. Sent: elements per rank and step in reduce-scatters and gathers, as "
-        "the best algorithms\nsend them ((R - 1) / R of the whole, an all-reduce twice that). "
-        "Messages: what has less than n / 100 elements. Live:\nat most alive at once of all that "
-        "the backward made, in float32 elements; m / R + 1 is for the rows and what is on its\n"
-        "way, and autograd's gradient is 1 more. DDP averages each of its m backwards, each after "
-        f'a forward of its own, as closures\nhave; "{SHARED}" has one for all losses, which '
-        "DDP cannot. Times of the slowest rank, forward and backward; more\nranks than cores take "
+        "this machine, gloo. Sent: elements per rank and step, (R - 1) / R of what is "
+        "reduce-scattered or gathered, twice\nthat of what is all-reduced, as NCCL's rings do. "
+        "(gloo makes a reduce-scatter an all-reduce: it sends m n (R - 1) / R\nmore.) "
+        "Messages: what has less than n / 100 elements. Live: at most alive at once of all that\n"
+        "the backward made, in float32 elements; m / R + 1 is for the rows and "
+        "what is on its way, and autograd's gradient is\n1 more. DDP averages each of its m "
+        f'backwards, each after a forward of its own, as closures have; "{SHARED}"\nhas one for '
+        "all losses, which DDP cannot. Times of the slowest rank, forward and backward; more ranks "
+        "than cores take\n"
         "turns.\n\n" + results.markdown_table(header, rows)
     )
 
