@@ -366,8 +366,13 @@ class ShardedJacobian:
         return self._ranks.size / self._counts[name]
 
     def merged(self, weights: Tensor, fused: bool | None) -> dict[Tensor, Tensor]:
-        """As :meth:`Jacobian.merged`; every rank has all of it, or of DTensors its part."""
-        return self._whole(self._part.merged(weights, fused))
+        """As :meth:`Jacobian.merged`; every rank has all of it, or of DTensors its part.
+
+        Uses the rows up too.
+        """
+        parts = self._part.merged(weights, fused)
+        self.blocks.clear()  # what is gathered needs the memory
+        return self._whole(parts)
 
     def missed(self, reached: Callable[[Tensor], bool]) -> set[Tensor]:
         """As :meth:`Jacobian.missed`, on any rank."""
@@ -454,10 +459,9 @@ class ShardedJacobian:
         for leaves in groups.values():
             mine = [parts[self._stand_ins[leaf]] for leaf in leaves]
             lengths = [-(-math.prod(in_memory(leaf)[0]) // self._ranks.size) for leaf in leaves]
-            padded = [
-                nn.functional.pad(p, (0, n - len(p))) for p, n in zip(mine, lengths, strict=True)
-            ]
-            line = torch.cat(padded)
+            line = mine[0].new_zeros(sum(lengths))
+            for piece, part in zip(line.split(lengths), mine, strict=True):
+                piece[: len(part)] = part
             lines = line.new_empty(self._ranks.size * len(line))
             gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
             gather(lines, line, group=self._ranks.group)
