@@ -351,8 +351,7 @@ class ShardedJacobian:
         for name in list(self._pending):
             self._send(name, self._pending.pop(name), self._eligible)
         self._arrive()
-        if not self._partial:
-            self._following = 0
+        self._following = self._following if self._partial else 0
         total = self._part.gramian(fused)
         dist.all_reduce(total, group=self._ranks.group)
         return total
@@ -373,6 +372,15 @@ class ShardedJacobian:
         parts = self._part.merged(weights, fused)
         self.blocks.clear()  # what is gathered needs the memory
         return self._whole(parts)
+
+    def weights(self, rule: Callable[[Tensor], Tensor], gramian: Tensor) -> Tensor:
+        """(m,): those of the first rank, for a rule may draw at random, or fail on one."""
+        following, self._following = self._following, 1 + len(gramian)
+        mine = rule(gramian)
+        mine = mine if self._ranks.rank == 0 else torch.zeros_like(mine)
+        _, *weights = self._ranks.sum(mine.tolist(), torch.zeros(()))
+        self._following = following
+        return mine.new_tensor(weights)
 
     def missed(self, reached: Callable[[Tensor], bool]) -> set[Tensor]:
         """As :meth:`Jacobian.missed`, on any rank."""

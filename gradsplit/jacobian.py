@@ -226,6 +226,10 @@ class Jacobian:
         """Of one backward in the mean of a loss."""
         return 1.0 / self._counts[self.names[name]]
 
+    def weights(self, rule: Callable[[Tensor], Tensor], gramian: Tensor) -> Tensor:
+        """(m,): the rule's."""
+        return rule(gramian)
+
     def missed(self, reached: Callable[[Tensor], bool]) -> Collection[Tensor]:
         """Leaves that are not ``reached``, beside those that this process sees itself."""
         return ()

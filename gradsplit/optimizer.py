@@ -431,7 +431,7 @@ class ModalityDecoupledOptimizer(Optimizer):
             gramian = jacobian.gramian(self._options.fused)
             # One loss has no conflicts: exactly its gradient, NaN only where it has NaN.
             alone = len(gramian) == 1 or not jacobian.blocks
-            weights = torch.ones_like(gramian[0]) if alone else self._weights(gramian)
+            weights = torch.ones_like(gramian[0]) if alone else self._weights(gramian, jacobian)
             report = Decoupling(
                 names=tuple(jacobian.names),
                 unavailable=tuple(n for n in window.seen | taken if n not in jacobian.names),
@@ -558,7 +558,7 @@ class ModalityDecoupledOptimizer(Optimizer):
     def _trainable(self) -> list[Tensor]:
         return [parameter for parameter in _parameters(self._base) if parameter.requires_grad]
 
-    def _weights(self, gramian: Tensor) -> Tensor:
+    def _weights(self, gramian: Tensor, jacobian: "Jacobian | ShardedJacobian") -> Tensor:
         m = len(gramian)
         if self._options.rule == "gmd":
             return rules.gmd(gramian)
@@ -567,6 +567,11 @@ class ModalityDecoupledOptimizer(Optimizer):
             return rules.pcgrad(gramian, rules.draw_order(m, seed, merges, gramian.device))
         if self._options.rule == "sum":
             return torch.ones_like(gramian[0])
+        return jacobian.weights(self._given_weights, gramian)
+
+    def _given_weights(self, gramian: Tensor) -> Tensor:
+        """Those of the user's rule, checked."""
+        m = len(gramian)
         assert callable(self._options.rule)
         with torch.no_grad():
             weights = self._options.rule(gramian.clone())  # the report keeps its own
