@@ -220,6 +220,7 @@ def main(folder: Path, launcher: str) -> None:
             parameters = [p.detach().clone() for p in run.model.parameters()]
             where = folder / f"{script.__name__}-{case}-{dist.get_rank()}.pt"
             torch.save((parameters, error), where)
+    dist.barrier()  # Lightning's first rank does not wait for the other
 
 
 if __name__ == "__main__":

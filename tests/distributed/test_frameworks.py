@@ -12,7 +12,9 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from tests.distributed.frameworks import CASES, SCRIPTS, SEEDS, Run
 from tests.reference import Row, decouple, same
 
-LIMIT = 180  # seconds for a launcher; a busy machine takes one
+LIMIT = 180  # seconds for all launchers; an idle machine takes a fraction
 ROOT = Path(__file__).parents[2]
 PACKAGES = {"lightning": "lightning", "accelerate": "accelerate", "torchrun": "transformers"}
 
@@ -47,35 +49,38 @@ def name(script: Callable[[Run], None]) -> str:
 
 
 NAMES = [name(script) for scripts in SCRIPTS.values() for script in scripts]
-
-
 Saved = Callable[[str, str], list[tuple[list[Tensor], str]]]
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    """``saved(script, case)``: what each rank has saved; a launcher is started once for all."""
-    folders: dict[str, Path] = {}
-    failures: dict[str, str] = {}
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Saved]:
+    """``saved(script, case)``: what each rank has saved. Started at once, as imports take long."""
+    folder = tmp_path_factory.mktemp("frameworks")
+    processes = {k: start(k, folder) for k, package in PACKAGES.items() if find_spec(package)}
+    deadline = time.monotonic() + LIMIT
 
     def load(script: str, case: str) -> list[tuple[list[Tensor], str]]:
         (launcher,) = (key for key, some in SCRIPTS.items() if script in map(name, some))
-        pytest.importorskip(PACKAGES[launcher], reason=f"needs {PACKAGES[launcher]}")
-        if launcher not in folders:
-            folders[launcher] = tmp_path_factory.mktemp(launcher)
-            failures[launcher] = start(launcher, folders[launcher])
-        if failures[launcher]:
-            pytest.fail(failures[launcher], pytrace=False)
-        files = [folders[launcher] / f"{script}-{case}-{rank}.pt" for rank in (0, 1)]
+        if launcher not in processes:
+            pytest.skip(f"needs {PACKAGES[launcher]}")
+        try:
+            status: int | str = processes[launcher].wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            status = f"still running after {LIMIT} s"
+        if status != 0:
+            output = (folder / f"{launcher}.txt").read_text()
+            pytest.fail(f"{launcher}: {status}\n{output[-4000:]}", pytrace=False)
+        files = [folder / f"{script}-{case}-{rank}.pt" for rank in (0, 1)]
         return [torch.load(file, weights_only=True) for file in files]
 
-    return load
+    yield load
+    for process in processes.values():
+        end(process)
 
 
-def start(launcher: str, folder: Path) -> str:
-    """What has failed."""
-    with (folder / "output.txt").open("w+") as output:
-        process = subprocess.Popen(
+def start(launcher: str, folder: Path) -> subprocess.Popen[bytes]:
+    with (folder / f"{launcher}.txt").open("w") as output:
+        return subprocess.Popen(
             [sys.executable, *command(launcher), "tests.distributed.frameworks", folder, launcher],
             cwd=ROOT,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -83,14 +88,6 @@ def start(launcher: str, folder: Path) -> str:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        try:
-            status: int | str = process.wait(LIMIT)
-        except subprocess.TimeoutExpired:
-            status = f"still running after {LIMIT} s"
-        finally:
-            end(process)
-        output.seek(0)
-        return f"{launcher}: {status}\n{output.read()[-4000:]}" if status != 0 else ""
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
