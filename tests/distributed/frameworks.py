@@ -43,6 +43,7 @@ class Run:
     clip: float | None = None
     gamma: float = 1.0
     told: bool = True  # the optimizer, of the wrapped model
+    folder: Path = Path()
 
     def __post_init__(self) -> None:
         torch.manual_seed(0)
@@ -180,6 +181,7 @@ def hugging_face(run: Run) -> None:
     Trainer(
         model=run.model,
         args=transformers.TrainingArguments(
+            output_dir=str(run.folder),
             use_cpu=True,
             num_train_epochs=1,
             per_device_train_batch_size=1,
@@ -211,7 +213,7 @@ def main(folder: Path, launcher: str) -> None:
     torch.set_num_threads(1)
     for script in SCRIPTS[launcher]:
         for case, asked in CASES.items():
-            run, error = Run(**asked), ""
+            run, error = Run(**asked, folder=folder), ""
             try:
                 script(run)
             except RuntimeError as told:
