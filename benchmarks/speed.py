@@ -1,6 +1,6 @@
 """How long decoupling takes, and how much memory, side by side with other ways to do it.
 
-    python -m benchmarks.speed                       # all parts, about 12 minutes on two cores
+    python -m benchmarks.speed                       # all parts, about 17 minutes on two cores
     python -m benchmarks.speed --quick               # the same with toy sizes: for CI
     python -m benchmarks.speed --parts projection,step --threads 1
     python -m benchmarks.speed --device cuda
@@ -14,6 +14,8 @@ step        forward and backward: the BraTS U-Net (15 losses), the sentiment tra
 memory      of U-Net, MLP and private encoders with a small head: live gradients and resident
             memory, each in a process of its own; on the CPU
 growth      time against m and n, with fitted exponents
+ranks       elements sent, memory and time of a step of the MLP on 2 and on 4 ranks, with formulas,
+            against plain backwards under DDP; gloo, on the CPU, one thread per rank
 
 Results go to results/speed-DATE: results.json with every single time, table.md, projection.png,
 step.png. Nothing is kept of a run that is interrupted.
@@ -56,6 +58,7 @@ from benchmarks.speed_methods import (
     UNetTask,
     unet_sizes,
 )
+from benchmarks.speed_ranks import measure_ranks
 from benchmarks.speed_report import PARTS, write_report
 from benchmarks.speed_timing import Contender, round_robin
 
@@ -79,6 +82,8 @@ class Sizes:
         memory: the widths of MLP, U-Net and encoders whose memory is measured; with
             ``one_process`` all methods in one, which is quicker and less exact.
         growing_losses, growing_widths: of the MLPs in the growth part.
+        ranks, losses_on_ranks: every number of ranks with every number of losses, of the MLP that
+            memory is measured with.
     """
 
     rounds: int = 7
@@ -100,6 +105,8 @@ class Sizes:
     one_process: bool = False
     growing_losses: tuple[int, ...] = (2, 4, 8, 16, 32)
     growing_widths: tuple[int, ...] = (64, 128, 256, 512)
+    ranks: tuple[int, ...] = (2, 4)
+    losses_on_ranks: tuple[int, ...] = (4, 7, 15)
 
 
 FULL = Sizes()
@@ -118,6 +125,8 @@ QUICK = Sizes(
     one_process=True,
     growing_losses=(2, 4),
     growing_widths=(16, 32),
+    ranks=(2,),
+    losses_on_ranks=(4,),
 )
 
 
@@ -326,11 +335,24 @@ def measure_growth(setting: Setting) -> list[dict[str, Any]]:
     return cells
 
 
+def measure_on_ranks(setting: Setting) -> list[dict[str, Any]]:
+    """What many ranks cost, by numbers of ranks and losses: see :func:`measure_ranks`."""
+    sizes, found = setting.sizes, list[dict[str, Any]]()
+    mlp = sizes.mlp[0], sizes.memory[0]
+    with setting.bar("ranks", len(sizes.ranks)) as bar:
+        for size in sizes.ranks:
+            bar.set_postfix_str(f"R = {size}")
+            found += measure_ranks(size, sizes.losses_on_ranks, mlp, sizes.utterances, sizes.rounds)
+            bar.update()
+    return found
+
+
 _MEASURES: Mapping[str, Callable[[Setting], Any]] = {
     "projection": measure_projection,
     "step": measure_step,
     "memory": measure_memory,
     "growth": measure_growth,
+    "ranks": measure_on_ranks,
 }
 
 

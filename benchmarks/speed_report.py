@@ -33,11 +33,12 @@ from benchmarks.speed_methods import (
     SAMPLED,
     VMAP,
 )
+from benchmarks.speed_ranks import DDP, SHARED, WAYS
 from benchmarks.speed_timing import fit_exponent, paired_ratio
 
 __all__ = ["PARTS", "Goal", "goals", "write_report"]
 
-PARTS = ("projection", "step", "memory", "growth")
+PARTS = ("projection", "step", "memory", "growth", "ranks")
 Content = Mapping[str, Any]
 """What results.json holds; see ``benchmarks.speed.main``."""
 
@@ -79,6 +80,7 @@ class Goal:
 def goals(parts: Mapping[str, Any]) -> list[Goal]:
     """All that gradsplit wants to reach, with what this run found."""
     found = [*_projection_goals(parts), *_step_goals(parts), *_memory_goals(parts)]
+    found += _ranks_goals(parts)
     return [Goal(what, sign, wanted, measured) for what, sign, wanted, measured in found]
 
 
@@ -149,6 +151,21 @@ def _memory_goals(parts: Mapping[str, Any]) -> _Found:
         what = f"{kind} above a plain loop in multiples of n (private encoders, m = 7)"
         found.append((what, "<=", 2, above))
     return found
+
+
+def _ranks_goals(parts: Mapping[str, Any]) -> _Found:
+    cells = {(cell["ranks"], cell["losses"]): cell for cell in parts.get("ranks", [])}
+    cell, where = cells.get((4, 15)), "in multiples of n (MLP, m = 15, R = 4), goal"
+    sent, live = (None, None) if cell is None else _per_element(cell)
+    return [
+        (f"sent per rank and step {where} (m + 1) (R - 1) / R", "<=", 12, sent),
+        (f"live bytes of a rank {where} m / R + 1 and a gradient", "<=", 5.75, live),
+    ]
+
+
+def _per_element(cell: Mapping[str, Any]) -> tuple[float, float]:
+    """Sent and live, in multiples of n float32 elements."""
+    return cell["sent"] / cell["elements"], cell["live"] / cell["elements"] / 4
 
 
 def _ratio(
@@ -444,6 +461,48 @@ def _projection_growth(cells: Sequence[Mapping[str, Any]]) -> str:
     return "\nThe projection, from the first part:\n\n" + results.markdown_table(header, rows)
 
 
+def _ranks_table(cells: Sequence[Mapping[str, Any]], content: Content) -> str:
+    rows = []
+    for cell in cells:
+        m, size, messages, seconds = (
+            cell[key] for key in ("losses", "ranks", "messages", "seconds")
+        )
+        sent, live = _per_element(cell)
+        numbers = [
+            sent, (m + 1) * (size - 1) / size, cell["sent_by_ddp"] / cell["elements"],
+            2 * m * (size - 1) / size, live, m / size + 1,
+        ]  # fmt: skip
+        rows.append(
+            [
+                str(size), str(m), *(f"{number:.2f}" for number in numbers),
+                f"{len(messages)}: {min(messages)} to {max(messages)}",
+                *(_times(seconds[way], content, _MS) for way in WAYS),
+                *(f"{_ratio(seconds, way, DDP):.2f}" for way in WAYS[:-1]),
+            ]
+        )  # fmt: skip
+    header = [
+        "R", "m", "sent / n", "(m + 1) (R - 1) / R", "sent by DDP / n", "2 m (R - 1) / R",
+        "live / n", "m / R + 1", "messages: bytes", *(f"{way} (ms)" for way in WAYS),
+        *(f"{way} / DDP" for way in WAYS[:-1]),
+    ]  # fmt: skip
+    layers, width = content["sizes"]["mlp"][0], content["sizes"]["memory"][0]
+    return (
+        "\n## Many ranks\n\n"
+        f"The MLP, {layers} layers of width {width}, n = {cells[0]['elements']:,} or little more; "
+        f"batch {content['sizes']['utterances']} on each of R ranks, processes of\none thread on "
+        "this machine, gloo. Sent: elements per rank and step, (R - 1) / R of what is "
+        "reduce-scattered or gathered, twice\nthat of what is all-reduced, as NCCL's rings do. "
+        "(gloo makes a reduce-scatter an all-reduce: it sends m n (R - 1) / R\nmore.) "
+        "Messages: what has less than n / 100 elements. Live: at most alive at once of all that\n"
+        "the backward made, in float32 elements; m / R + 1 is for the rows and "
+        "what is on its way, and autograd's gradient is\n1 more. DDP averages each of its m "
+        f'backwards, each after a forward of its own, as closures have; "{SHARED}"\nhas one for '
+        "all losses, which DDP cannot. Times of the slowest rank, forward and backward; more ranks "
+        "than cores take\n"
+        "turns.\n\n" + results.markdown_table(header, rows)
+    )
+
+
 def _goal_table(reached: Sequence[Goal]) -> str:
     rows = [
         [
@@ -463,6 +522,7 @@ _TABLES: Mapping[str, Callable[[Any, Content], str]] = {
     "step": _step_table,
     "memory": _memory_table,
     "growth": _growth_table,
+    "ranks": _ranks_table,
 }
 
 

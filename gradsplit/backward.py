@@ -72,6 +72,7 @@ def take_rows(
                 graphs.hidden |= not jacobian.graphs_tell
                 _refuse_unreached([entry], graphs, parameters)
                 _set_aside_more(graphs.leaves, held)
+            jacobian.ready(entry.name, loss)
             _backward([loss], None, graphs.retained[place], held, entry)
             gradients = {leaf: leaf.grad for leaf in held if leaf.grad is not None}
             _refuse_sparse(gradients, entry)
@@ -109,6 +110,7 @@ def take_partial_rows(
                 taken[entry.name] = None
                 jacobian.add(entry.name, None, {}, set(measured))
                 continue
+            jacobian.ready(entry.name, loss)
             gradients = _partial_row(loss, measured, jacobian.stops, held, entry)
             if not gradients:
                 raise ValueError(
@@ -153,11 +155,12 @@ def weighted_backward(
             _backward(losses, factors, False, held)
         gradients = {leaf: leaf.grad for leaf in held if leaf.grad is not None}
     _refuse_sparse(gradients, "a loss")
-    everywhere: set[Tensor] | None = set()
-    if reduction == "released":
-        common = {leaf for leaf in gradients if found.reached_by_all(leaf, surely=True)}
-        everywhere = common if losses else None
-    return jacobian.averaged(gradients, everywhere, m)
+    reached = functools.partial(found.reached_by_all, surely=True)
+    missed = jacobian.missed(reached) if reduction == "released" else gradients
+    return {
+        leaf: gradient / m if leaf not in missed and reached(leaf) else gradient
+        for leaf, gradient in jacobian.averaged(gradients).items()
+    }
 
 
 @torch.no_grad()

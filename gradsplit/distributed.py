@@ -8,7 +8,7 @@ import gc
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,6 +81,15 @@ class Ranks:
         for ddp in self._ddps if some else ():
             if ddp.will_sync_module_buffers():
                 ddp._sync_buffers()
+
+    @contextlib.contextmanager
+    def told(self) -> Iterator[None]:
+        """Where this rank fails inside ``with``, it says so in place of its first message."""
+        try:
+            yield
+        except Exception as error:
+            self.agree(error)
+            raise
 
     def sum(self, message: Sequence[float], *more: Tensor) -> list[float]:
         """Of numbers of all ranks, and of one-element tensors in front of them.
@@ -278,6 +287,7 @@ class ShardedJacobian:
         self._stand_ins = {leaf: _stand_in(leaf, ranks) for leaf in leaves}
         self._leaves = {stand_in: leaf for leaf, stand_in in self._stand_ins.items()}
         part.uncounted = {self._stand_ins[p] for p in leaves if not _counted(p, ranks)}
+        self._heard: list[float] = []
         self._pending: dict[str, _Row] = {}
         self._counts: dict[str, float] = {}
         self._common = set(leaves)  # reached by every backward of any rank so far
@@ -294,17 +304,12 @@ class ShardedJacobian:
         """
         found = {leaf: self._local(leaf, gradient) for leaf, gradient in gradients.items()}
         have = float(loss is not None)
-        value = torch.zeros(()) if loss is None else loss
-        message = [have, *(float(leaf in found) for leaf in self._stand_ins)]
-        total, count, *reach = self._ranks.sum(message, value)
+        total, count, *reach = self._heard or self._hear(name, loss, found)
+        self._heard = []
         if count == 0:
             return
-        if self._ranks.sharded and count < self._ranks.size:
-            raise RankError(
-                f"{name!r} is unavailable on {self._ranks.size - count:.0f} of {self._ranks.size} "
-                "ranks; FSDP and tensor parallelism need every loss on every rank: where the "
-                "modality is missing, run it on zeros and multiply its loss by zero"
-            )
+        if self._ranks.sharded:  # it was said before the backward, and is the same on all
+            reach = [float(leaf in found) for leaf in self._stand_ins]
         self.backwards += 1
         reached = {leaf for leaf, n in zip(self._stand_ins, reach, strict=True) if n > 0}
         self._common &= reached
@@ -323,12 +328,30 @@ class ShardedJacobian:
         window.loss, window.reached = window.loss + total, window.reached | reached
         self._eligible = eligible
 
+    def ready(self, name: str, loss: Tensor) -> None:
+        """Before a backward: FSDP's waits for all ranks, and one may have failed in its closure."""
+        if self._ranks.sharded:
+            self._heard = self._hear(name, loss, ())
+
+    def _hear(self, name: str, loss: Tensor | None, found: Collection[Tensor]) -> list[float]:
+        """The message of a row, summed: loss, how many have it, how many reach each leaf."""
+        have = float(loss is not None)
+        message = [have, *(float(leaf in found) for leaf in self._stand_ins)]
+        heard = self._ranks.sum(message, torch.zeros(()) if loss is None else loss)
+        if self._ranks.sharded and 0 < heard[1] < self._ranks.size:
+            raise RankError(
+                f"{name!r} is unavailable on {self._ranks.size - heard[1]:.0f} of "
+                f"{self._ranks.size} ranks; FSDP and tensor parallelism need every loss on every "
+                "rank: where the modality is missing, run it on zeros and multiply its loss by zero"
+            )
+        return heard
+
     def gramian(self, fused: bool | None) -> Tensor:
         """(m, m), float64, of whole rows; bit for bit the same on all ranks."""
         for name in list(self._pending):
             self._send(name, self._pending.pop(name), self._eligible)
         self._arrive()
-        self._following = 1 + 2 * len(self._stand_ins) if self._partial else 0
+        self._following = self._following if self._partial else 0
         total = self._part.gramian(fused)
         dist.all_reduce(total, group=self._ranks.group)
         return total
@@ -342,32 +365,40 @@ class ShardedJacobian:
         return self._ranks.size / self._counts[name]
 
     def merged(self, weights: Tensor, fused: bool | None) -> dict[Tensor, Tensor]:
-        """As :meth:`Jacobian.merged`; every rank has all of it, or of DTensors its part."""
-        return self._whole(self._part.merged(weights, fused))
+        """As :meth:`Jacobian.merged`; every rank has all of it, or of DTensors its part.
 
-    def averaged(
-        self, gradients: Gradients, everywhere: Collection[Tensor] | None, m: int
-    ) -> dict[Tensor, Tensor]:
-        """As :meth:`Jacobian.averaged`: the mean over ranks; ``everywhere`` None: no loss here."""
-        found = {leaf: self._local(leaf, gradient) for leaf, gradient in gradients.items()}
-        message = [float(leaf in found) for leaf in self._stand_ins]
-        message += (
-            [float(leaf not in everywhere) for leaf in self._stand_ins]
-            if (everywhere is not None)
-            else [0.0] * len(self._stand_ins)
-        )
-        _, *numbers = self._ranks.sum(message, torch.zeros(()))
-        self._following = 0
-        reach, missed = numbers[: len(self._stand_ins)], numbers[len(self._stand_ins) :]
-        reached = {leaf for leaf, n in zip(self._stand_ins, reach, strict=True) if n > 0}
-        parts = self._start(_Row(found, 1, float(self._ranks.size), 0.0, reached)).wait()
-        for leaf, misses in zip(self._stand_ins, missed, strict=True):
-            if leaf in reached and misses == 0:
-                parts[self._stand_ins[leaf]] = parts[self._stand_ins[leaf]] / m
+        Uses the rows up too.
+        """
+        parts = self._part.merged(weights, fused)
+        self.blocks.clear()  # what is gathered needs the memory
         return self._whole(parts)
+
+    def weights(self, rule: Callable[[Tensor], Tensor], gramian: Tensor) -> Tensor:
+        """(m,): those of the first rank, for a rule may draw at random, or fail on one."""
+        following, self._following = self._following, 1 + len(gramian)
+        mine = rule(gramian)
+        mine = mine if self._ranks.rank == 0 else torch.zeros_like(mine)
+        _, *weights = self._ranks.sum(mine.tolist(), torch.zeros(()))
+        self._following = following
+        return mine.new_tensor(weights)
+
+    def missed(self, reached: Callable[[Tensor], bool]) -> set[Tensor]:
+        """As :meth:`Jacobian.missed`, on any rank."""
+        message = [0.0, *(float(not reached(leaf)) for leaf in self._stand_ins)]
+        _, _, *misses = self._ranks.sum(message, torch.zeros(()))
+        return {leaf for leaf, n in zip(self._stand_ins, misses, strict=True) if n > 0}
+
+    def averaged(self, gradients: Gradients) -> dict[Tensor, Tensor]:
+        """Gradients of one backward on each rank -> their mean over ranks, by leaf."""
+        row = ShardedJacobian(Jacobian(False, True, "sum", None), self._ranks, True, False)
+        row.add("", torch.zeros(()), gradients, ())
+        self._following = 0
+        row._arrive()
+        return row.merged(torch.ones(1), None)
 
     def fail(self, error: Exception) -> None:
         """Tell the others, where they wait for this rank's next message."""
+        self._heard = []
         if self._following and not isinstance(error, RankError):
             self._ranks.fail(error, self._following)
 
@@ -436,10 +467,9 @@ class ShardedJacobian:
         for leaves in groups.values():
             mine = [parts[self._stand_ins[leaf]] for leaf in leaves]
             lengths = [-(-math.prod(in_memory(leaf)[0]) // self._ranks.size) for leaf in leaves]
-            padded = [
-                nn.functional.pad(p, (0, n - len(p))) for p, n in zip(mine, lengths, strict=True)
-            ]
-            line = torch.cat(padded)
+            line = mine[0].new_zeros(sum(lengths))
+            for piece, part in zip(line.split(lengths), mine, strict=True):
+                piece[: len(part)] = part
             lines = line.new_empty(self._ranks.size * len(line))
             gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
             gather(lines, line, group=self._ranks.group)

@@ -1,7 +1,7 @@
 """Jacobian: one flat row per loss over the parameters in scope, plain sums over all others."""
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -125,6 +125,9 @@ class Jacobian:
         self._common: set[Tensor] = set()  # reached by every backward
         self._sums: defaultdict[int, dict[Tensor, Tensor]] = defaultdict(dict)  # of all in no row
 
+    def ready(self, name: str, loss: Tensor) -> None:
+        """Called before each backward."""
+
     def add(
         self, name: str, loss: Tensor | None, gradients: Gradients, eligible: Collection[Tensor]
     ) -> None:
@@ -223,12 +226,17 @@ class Jacobian:
         """Of one backward in the mean of a loss."""
         return 1.0 / self._counts[self.names[name]]
 
-    def averaged(
-        self, gradients: Gradients, everywhere: Collection[Tensor] | None, m: int
-    ) -> dict[Tensor, Tensor]:
-        """Gradients of one backward of all m losses; by m where they reach ``everywhere``."""
-        common = everywhere or ()
-        return {leaf: g / m if leaf in common else g for leaf, g in gradients.items()}
+    def weights(self, rule: Callable[[Tensor], Tensor], gramian: Tensor) -> Tensor:
+        """(m,): the rule's."""
+        return rule(gramian)
+
+    def missed(self, reached: Callable[[Tensor], bool]) -> Collection[Tensor]:
+        """Leaves that are not ``reached``, beside those that this process sees itself."""
+        return ()
+
+    def averaged(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """As they are: there is one process."""
+        return gradients
 
     def _shrink(self, number: int, factor: float) -> None:
         """Multiply all that a loss has left: another micro-batch will be added to its mean."""

@@ -14,7 +14,9 @@ __all__ = ["joint_loss"]
 Decouple = Callable[[Any], object]
 
 
-def joint_loss(entries: list[Entry], reduction: str, decouple: Decouple) -> Tensor:
+def joint_loss(
+    entries: list[Entry], reduction: str, decouple: Decouple, empty: Tensor | None = None
+) -> Tensor:
     """The mean of the losses (``reduction="sum"``: their sum), in float32 or wider.
 
     Args:
@@ -22,6 +24,7 @@ def joint_loss(entries: list[Entry], reduction: str, decouple: Decouple) -> Tens
         reduction: of the optimizer.
         decouple: called in backward with the losses by name, each times the gradient that arrives.
             Without grad mode nothing is called.
+        empty: the value where all are unavailable, on a rank of many; None: that is an error.
 
     Raises:
         TypeError: a closure.
@@ -36,6 +39,8 @@ def joint_loss(entries: list[Entry], reduction: str, decouple: Decouple) -> Tens
             )
         losses[entry.name] = entry.loss
     present = [loss for loss in losses.values() if loss is not None]
+    if not present and empty is not None:
+        present = [empty]
     if not present:
         raise ValueError(
             f"losses: all are unavailable (None): {', '.join(map(repr, losses))}; skip this batch"

@@ -114,6 +114,10 @@ class ModalityDecoupledOptimizer(Optimizer):
         row_dtype: ``torch.bfloat16``: rows are kept in it, and memory for gradients peaks at
             (m + 2) / 2 times the parameters; the merged gradient has the parameters' dtype.
             None: rows are as autograd leaves them.
+        module: with several ranks of ``torch.distributed``, the ``DistributedDataParallel`` model,
+            or what holds it. Can be set later, ``opt.module = model``. One process needs none.
+        process_group: the ranks that train together, without DDP. Parameters, and the buffers of
+            ``module``, are broadcast from the first of them, now.
 
     A loss *reaches* a parameter when autograd says so: its gradient is not None. Parameters that no
     loss reaches keep ``.grad`` as it was; frozen parameters are ignored. A parameter that a loss
@@ -137,6 +141,12 @@ class ModalityDecoupledOptimizer(Optimizer):
     *torch.compile.* A compiled forward that all losses share joins their graphs, so that every loss
     seems to reach every parameter: give ``scope=`` the parameters of the trunk that is really
     shared, and the result is exact. ``backward``, ``accumulate`` and ``step`` are never traced.
+
+    *Many ranks.* ``docs/distributed.rst``. Each row is averaged over the ranks that have the loss;
+    None says that this rank lacks it. All ranks call with the same names in the same order, or all
+    raise. Parameters that are DTensors (``fully_shard``, tensor parallelism) need no argument; of
+    them every rank has every loss, or none has. Copies and pickles leave ``module`` and
+    ``process_group`` behind.
 
     *Cheaper steps.* With ``conflict_parameters``, every parameter gets the weights, private ones
     and leaves outside the optimizer too. ``scope`` does not apply, and the report is of the chosen
@@ -163,8 +173,8 @@ class ModalityDecoupledOptimizer(Optimizer):
             argument, or is an aggregator of TorchJD.
         ValueError: unknown ``rule``, ``scope``, ``reduction`` or ``row_dtype``; a scope or
             ``conflict_parameters`` that are empty or not the base's; ``conflict_parameters`` with
-            a scope or ``row_dtype``.
-        RuntimeError: ``fused=True`` without Triton.
+            a scope or ``row_dtype``; a ``process_group`` that this rank is not in.
+        RuntimeError: ``fused=True`` without Triton; ranks differ in what they would broadcast.
     """
 
     def __init__(
@@ -259,6 +269,9 @@ class ModalityDecoupledOptimizer(Optimizer):
                 not return (m,) weights, LBFGS as base, gradients that ``fused=True`` cannot take, a
                 loss that reaches none of the ``conflict_parameters``. Parameters, ``.grad`` and
                 optimizer state are as before, but for what hooks of yours have done.
+            RuntimeError: ranks differ, or another has failed; this says which, and how. There are
+                several, and neither ``module``, ``process_group`` nor DTensors. A setting of DDP
+                or FSDP that cannot be right is a ValueError.
 
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
         >>> opt = ModalityDecoupledOptimizer(SGD([weight], lr=0.1), reduction="sum")
@@ -322,13 +335,16 @@ class ModalityDecoupledOptimizer(Optimizer):
         (0.5, tensor([-0.5000,  1.0000]), [('text', 'audio')])
         """
         self._refuse_inside_closure("joint()")
-        entries = read_losses(losses, needs_grad=torch.is_grad_enabled())
+        ranks = self._found_ranks() if torch.is_grad_enabled() else None
         keyed = isinstance(losses, Mapping)
 
         def decouple(scaled: Any) -> None:
             self.backward(scaled if keyed else list(scaled.values()))
 
-        return joint_loss(entries, self._options.reduction, decouple)
+        with ranks.told() if ranks is not None else contextlib.nullcontext():
+            entries = read_losses(losses, needs_grad=torch.is_grad_enabled())
+            empty = None if ranks is None else torch.zeros((), device=ranks.device)
+            return joint_loss(entries, self._options.reduction, decouple, empty)
 
     # torch declares step(closure); a mapping or sequence of losses is our extension of it.
     @_untraced
@@ -415,7 +431,7 @@ class ModalityDecoupledOptimizer(Optimizer):
             gramian = jacobian.gramian(self._options.fused)
             # One loss has no conflicts: exactly its gradient, NaN only where it has NaN.
             alone = len(gramian) == 1 or not jacobian.blocks
-            weights = torch.ones_like(gramian[0]) if alone else self._weights(gramian)
+            weights = torch.ones_like(gramian[0]) if alone else self._weights(gramian, jacobian)
             report = Decoupling(
                 names=tuple(jacobian.names),
                 unavailable=tuple(n for n in window.seen | taken if n not in jacobian.names),
@@ -481,20 +497,19 @@ class ModalityDecoupledOptimizer(Optimizer):
         self, losses: Losses, last: bool, ranks: "Ranks | None"
     ) -> tuple[list[Entry], _Window]:
         """What was handed over, and the window it goes into; all ranks agree on both, or raise."""
-        try:
+        with ranks.told() if ranks is not None else contextlib.nullcontext():
             if ranks is not None:
                 ranks.check()
             earlier_names = self._windows[0].jacobian.names if self._windows else ()
             entries = read_losses(losses, earlier=earlier_names)
             window = self._window(isinstance(losses, Mapping), last, ranks)
-        except Exception as error:
-            if ranks is not None:
-                ranks.agree(error)
-            raise
         if ranks is not None:
             call = "backward" if last else "accumulate"
             closures = any(callable(entry.loss) for entry in entries)
-            ranks.agree(self._said(entries, window, call), closures)
+            said = self._said(entries, window, call)
+            if ranks.sharded:  # or torch's own collectives would wait for each other
+                said["available losses"] = [e.name for e in entries if e.loss is not None]
+            ranks.agree(said, closures)
         return entries, window
 
     def _take(self, entries: list[Entry], window: _Window) -> dict[str, Tensor | None]:
@@ -543,7 +558,7 @@ class ModalityDecoupledOptimizer(Optimizer):
     def _trainable(self) -> list[Tensor]:
         return [parameter for parameter in _parameters(self._base) if parameter.requires_grad]
 
-    def _weights(self, gramian: Tensor) -> Tensor:
+    def _weights(self, gramian: Tensor, jacobian: "Jacobian | ShardedJacobian") -> Tensor:
         m = len(gramian)
         if self._options.rule == "gmd":
             return rules.gmd(gramian)
@@ -552,6 +567,11 @@ class ModalityDecoupledOptimizer(Optimizer):
             return rules.pcgrad(gramian, rules.draw_order(m, seed, merges, gramian.device))
         if self._options.rule == "sum":
             return torch.ones_like(gramian[0])
+        return jacobian.weights(self._given_weights, gramian)
+
+    def _given_weights(self, gramian: Tensor) -> Tensor:
+        """Those of the user's rule, checked."""
+        m = len(gramian)
         assert callable(self._options.rule)
         with torch.no_grad():
             weights = self._options.rule(gramian.clone())  # the report keeps its own
@@ -619,11 +639,12 @@ class ModalityDecoupledOptimizer(Optimizer):
         """Who trains the parameters together; None where it is this process alone."""
         if not (dist.is_available() and dist.is_initialized()):
             return None
-        if not self._ranks:
+        parameters = _parameters(self._base)
+        known = self._ranks[0].leaves if self._ranks and self._ranks[0] is not None else ()
+        if not self._ranks or (known and not set(parameters).issubset(known)):
             from gradsplit.distributed import ranks_of
 
-            found = ranks_of(_parameters(self._base), self.module, self._process_group)
-            self._ranks.append(found)
+            self._ranks[:] = [ranks_of(parameters, self.module, self._process_group)]
         return self._ranks[0]
 
     def _said(self, entries: Sequence[Entry], window: _Window, call: str) -> dict[str, Any]:
@@ -691,7 +712,6 @@ class ModalityDecoupledOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base, at any time."""
         self._base.add_param_group(param_group)
-        self._ranks.clear()
         if self._process_group is not None:
             self._broadcast(self.param_groups[-1]["params"])
         self._write_counters(self._counter(_SEED), self._counter(_MERGES))

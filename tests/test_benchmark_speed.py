@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from benchmarks import speed, speed_methods, speed_report
@@ -25,6 +26,7 @@ from benchmarks.speed_methods import (
     SentimentTask,
     Task,
 )
+from benchmarks.speed_ranks import WAYS, Traffic
 from benchmarks.speed_timing import (
     Contender,
     LiveBytes,
@@ -421,6 +423,43 @@ def test_memory_of_private_encoders_is_compared_with_a_plain_loop() -> None:
     assert [g.measured for g in goals if "encoders" in g.what] == [2.5, None]
 
 
+# --- many ranks -----------------------------------------------------------------------------------
+
+
+def test_what_collectives_send_is_counted(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=(tmp_path / "s").as_uri(), rank=0, world_size=1)
+    try:
+        whole, part = torch.zeros(1000), torch.zeros(1000)
+        with Traffic(size=4, small=10) as traffic:  # as if there were four ranks
+            dist.all_reduce(whole)
+            getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(part, whole)
+            getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(whole, part)
+            dist.all_reduce(torch.zeros(3, dtype=torch.float64))
+            whole + part
+    finally:
+        dist.destroy_process_group()
+    assert traffic.sent == (2 + 1 + 1) * 1000 * 3 / 4
+    assert traffic.messages == [24]
+
+
+def test_what_two_ranks_send_is_what_the_formula_says() -> None:
+    (cell,) = speed.run_parts(["ranks"], dataclasses.replace(TINY, mlp=(3, 8)))["ranks"]
+    m, size, n = cell["losses"], cell["ranks"], cell["elements"]
+    assert (size, m) == (2, 4) and set(cell["seconds"]) == set(WAYS)
+    assert cell["sent"] == pytest.approx((m + 1) * n * (size - 1) / size, rel=1e-3)
+    assert cell["sent_by_ddp"] == pytest.approx(2 * m * n * (size - 1) / size, rel=1e-3)
+    # that all do the same; of each loss, who has it; the Gramian
+    assert len(cell["messages"]) == 1 + m + 1 and cell["messages"][-1] == 8 * m * m
+    assert cell["live"] >= 4 * n * m / size
+
+
+def test_goals_of_ranks_are_multiples_of_float32_elements() -> None:
+    cell = {"ranks": 4, "losses": 15, "elements": 1000, "sent": 12_010.0, "live": 4 * 5800}
+    goals = speed_report.goals({"ranks": [cell]})
+    found = {goal.wanted: goal.verdict for goal in goals if "R = 4" in goal.what}
+    assert found == {12: "reached", 5.75: "NOT REACHED"}
+
+
 # --- end to end -----------------------------------------------------------------------------------
 
 TINY = dataclasses.replace(
@@ -530,4 +569,4 @@ def test_everything_quickly(tmp_path: Path) -> None:
         "projection.png", "results.json", "step.png", "table.md",
     ]  # fmt: skip
     content = json.loads((tmp_path / "all" / "results.json").read_text())
-    assert list(content["parts"]) == ["projection", "step", "memory", "growth"]
+    assert list(content["parts"]) == ["projection", "step", "memory", "growth", "ranks"]
