@@ -1,0 +1,109 @@
+"""FSDP2: ``fully_shard`` flat, nested, hybrid and with tensor parallelism, against one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.cases import SHARDED, Case, assert_exact, error_of, start, train
+from tests.reference import same
+
+
+def sharded_backward() -> str:
+    def use() -> None:
+        net, _, case, rank, world = start(Case(how="flat"))
+        case.losses(net, 0, 0, rank, world)["a"].backward()
+
+    return error_of(use)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def possible(ranks) -> None:
+    """torch 2.4 cannot shard without CUDA; found out by trying."""
+    for error in ranks(2).run(sharded_backward):
+        if error:
+            pytest.skip(f"fully_shard on this device: {error}")
+
+
+FEW = {"steps": 6}  # each is slow
+# The forward is rounded to 2^-9.
+ROUNDED: dict[str, Any] = {"dtype": torch.float32, "within": 1e-2, **FEW}
+CASES = [
+    *(Case(how=how) for how in ("flat", "nested", "hybrid", "tensor parallel")),
+    *(Case(how=how, given="closures", **FEW) for how in ("flat", "nested", "tensor parallel")),
+    *(Case(how="bfloat16", given=given, **ROUNDED) for given in ("one forward", "closures")),
+    Case(how="nested", given="joint", **FEW),
+    Case(how="flat", micro=3, net="one trunk", **FEW),
+    Case(how="tensor parallel", missing="everywhere", **FEW),
+    Case(how="hybrid", given="closures", clip=0.3, options={"rule": "pcgrad"}, **FEW),
+    Case(how="flat", clip=0.3, options={"scope": "all", "reduction": "released"}, **FEW),
+    Case(how="tensor parallel", options={"scope": "all", "reduction": "sum"}, **FEW),
+    Case(how="flat", options={"scope": "trunk"}, missing="everywhere", **FEW),
+    Case(how="flat", options={"conflict_parameters": "trunk"}, missing="everywhere", **FEW),
+    Case(how="tensor parallel", options={"conflict_parameters": "trunk"}, **FEW),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_sharded_ranks_equal_one_process(ranks, case: Case) -> None:
+    world = 4 if case.how in ("hybrid", "tensor parallel") else 2
+    shares = 2 if case.how == "tensor parallel" else world  # of the batch
+    assert_exact(case, ranks(world).run(train, case), shares)
+
+
+def placements(how: str) -> list[tuple[Any, ...]]:
+    net, opt, case, rank, world = start(Case(how=how))
+    opt.backward(case.losses(net, 0, 0, rank, world))
+    return [
+        (type(p.grad) is type(p.data), p.grad.placements == p.placements, p.grad.dtype == p.dtype)
+        for p in net.parameters()
+    ]
+
+
+@pytest.mark.parametrize("how", SHARDED)
+def test_gradients_lie_as_parameters_do(ranks, how: str) -> None:
+    for outcome in ranks(4).run(placements, how):
+        assert all(all(equal) for equal in outcome)
+
+
+def refused(setting: str, where: str) -> str:
+    net, opt, case, rank, world = start(Case(how="nested"))
+    part = net if where == "all" else net.trunk
+    getattr(part, setting)(False)
+    return error_of(lambda: opt.backward(case.losses(net, 0, 0, rank, world)))
+
+
+@pytest.mark.parametrize("where", ["all", "a part"])
+@pytest.mark.parametrize("setting", ["set_requires_gradient_sync", "set_reshard_after_backward"])
+def test_settings_that_take_gradients_away_are_refused(ranks, setting: str, where: str) -> None:
+    for error in ranks(2).run(refused, setting, where):
+        assert setting in error or setting.removeprefix("set_") in error
+
+
+def suffer(fault: str) -> tuple[str, str]:
+    """One rank hands over something else; then comes a good step."""
+    net, opt, case, rank, world = start(Case(how="flat"))
+    losses = given = case.losses(net, 0, 0, rank, world)
+    if rank == 1:
+        given = {
+            "order": dict(reversed(losses.items())),
+            "names": {name.replace("b", "c"): loss for name, loss in losses.items()},
+            "unavailable": losses | {"b": None},
+            "not a loss": losses | {"b": torch.ones(3)},
+        }[fault]
+    sharded = opt.param_groups[0]["params"]  # the model's are whole between forward and backward
+    before = [p.to_local().clone() for p in sharded]
+    error = error_of(lambda: opt.step(given))
+    assert same([p.to_local() for p in sharded], before)
+    assert all(p.grad is None for p in sharded)
+    return error, error_of(lambda: opt.step(case.losses(net, 1, 0, rank, world)))
+
+
+@pytest.mark.parametrize("fault", ["order", "names", "unavailable", "not a loss"])
+def test_a_fault_on_one_rank_is_told_on_all(ranks, fault: str) -> None:
+    """A loss that some ranks lack too: FSDP itself would wait for ever."""
+    for error, afterwards in ranks(2).run(suffer, fault):
+        assert error and ("rank 1" in error or "must be a scalar" in error)
+        assert not afterwards
