@@ -21,6 +21,11 @@ each value and where it comes from. Every test case is segmented from each of th
 Results go to results/brats-DATE: results.json, table.md, dice.png, angles.png, dominance.png,
 cases.png, and the best and last model of each training. Ctrl-C, or a killed process, leaves a
 checkpoint that --resume continues from: on a CPU exactly, on a GPU up to its own nondeterminism.
+On several ranks, with --device cuda on a GPU each:
+
+    torchrun --nproc-per-node 2 -m benchmarks.brats ...
+
+each step has the same batch, of which each rank takes its share; so has each evaluation.
 """
 
 import argparse
@@ -36,13 +41,14 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from benchmarks import results
+from benchmarks import ranks, results
 from benchmarks.arguments import (
     absolute,
     combinations_of,
@@ -81,6 +87,7 @@ from benchmarks.brats_training import (
 from benchmarks.brats_volumes import CACHES, NORMALISATIONS, make_dataset, training_batches
 from benchmarks.methods import RULES
 from benchmarks.session import Diverged, Session, check_digest
+from reference_models.unet3d import DynamicSharingUNet3d
 
 __all__ = ["main"]
 
@@ -92,17 +99,24 @@ MEASURED_CROP = 48  # --check on a CPU measures a step of at most this crop, and
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return ranks.run(lambda: _main(arguments))
+
+
+def _main(arguments: list[str]) -> int:
     try:
-        return _main(list(sys.argv[1:] if argv is None else argv))
+        return _begin(arguments)
     except KeyboardInterrupt:  # while data were read, or segmentations written
         print("\ninterrupted", file=sys.stderr)
         return 130
 
 
-def _main(arguments: list[str]) -> int:
+def _begin(arguments: list[str]) -> int:
     parser = _parser()
     options = vars(parser.parse_args(arguments))
     check, predict = options.pop("check", False), options.pop("predict", None)
+    if check and ranks.count() > 1:
+        parser.error("argument --check: measures one process; start it without torchrun")
     if predict is not None:
         try:
             predict.mkdir(parents=True, exist_ok=True)  # not after hours of training
@@ -126,7 +140,7 @@ def _main(arguments: list[str]) -> int:
             print(f"benchmarks.brats: {error}; try a lower --lr", file=sys.stderr)
             return 1
         return 0
-    command = shlex.join(["python", "-m", "benchmarks.brats", *arguments])
+    command = shlex.join([*ranks.command("python"), "-m", "benchmarks.brats", *arguments])
     environment, digest = _versions(), prepared.data.digest
     session = Session.start(parser, wanted, asdict(config), command, environment, digest)
     return _run(session, config, prepared, predict)
@@ -188,7 +202,7 @@ def _run(session: Session, config: Config, prepared: Prepared, predict: Path | N
             selection=_selection(config, splits),
             done=session.done,
         )
-        table = write_report(report, session.folder)
+        table = ranks.first(lambda: write_report(report, session.folder))
         session.close()
         if predict is not None:
             _predict(session.folder, config, prepared, predict)
@@ -234,8 +248,16 @@ def _predict(folder: Path, config: Config, prepared: Prepared, out: Path) -> Non
     """Segment the test cases, each from all modalities it has, with every training's best model."""
     trainings = [(method, seed) for method in config.methods for seed in range(config.seeds)]
     cases = prepared.split["test"]
+
+    def segment(model: DynamicSharingUNet3d, below: Path, index: int) -> None:
+        logits = case_logits(model, prepared.datasets["test"][index], config)
+        mask = mean_of(logits, list(logits)) > 0
+        path = below / f"{cases[index].name}.nii.gz"
+        write_segmentation(path, mask, prepared.data.regions, cases[index])
+        bar.update()
+
     with tqdm(
-        total=len(trainings) * len(cases),
+        total=len(trainings) * len(ranks.share(cases)),
         desc="segmenting",
         unit="case",
         disable=not sys.stderr.isatty(),
@@ -244,12 +266,7 @@ def _predict(folder: Path, config: Config, prepared: Prepared, out: Path) -> Non
             model = load_model(model_file(folder, "best", method, seed)).to(config.device)
             below = out / f"{method}-seed{seed}"
             below.mkdir(exist_ok=True)
-            for index, case in enumerate(cases):
-                logits = case_logits(model, prepared.datasets["test"][index], config)
-                mask = mean_of(logits, list(logits)) > 0
-                path = below / f"{case.name}.nii.gz"
-                write_segmentation(path, mask, prepared.data.regions, case)
-                bar.update()
+            ranks.divided(partial(segment, model, below), range(len(cases)))
     print(f"segmentations written to {out}", file=sys.stderr)
 
 
@@ -265,22 +282,26 @@ def _prepare(parser: argparse.ArgumentParser, config: Config) -> Prepared:
         source = "--data"
         if config.data is None:
             source = "--cache-folder"
-            where = write_phantoms(
-                folder / "phantoms",
-                cases=config.phantoms,
-                size=PHANTOM_SIZE,
-                seed=PHANTOM_SEED,
-                progress=sys.stderr.isatty(),
+            where = ranks.first(
+                lambda: write_phantoms(
+                    folder / "phantoms",
+                    cases=config.phantoms,
+                    size=PHANTOM_SIZE,
+                    seed=PHANTOM_SEED,
+                    progress=sys.stderr.isatty(),
+                )
             )
         else:
             where = Path(config.data)
-        data = load_folder(
-            where,
-            regions,
-            allow_missing=config.allow_missing,
-            workers=config.workers or os.cpu_count() or 1,
-            phantom=config.data is None,
-            progress=sys.stderr.isatty(),
+        data = ranks.first(
+            lambda: load_folder(
+                where,
+                regions,
+                allow_missing=config.allow_missing,
+                workers=config.workers or os.cpu_count() or 1,
+                phantom=config.data is None,
+                progress=sys.stderr.isatty(),
+            )
         )
         source = "--split"
         split = _split(data, config)
@@ -527,6 +548,12 @@ def _device(text: str) -> str:
         if device.type == "meta":
             raise RuntimeError("it holds no numbers")
         torch.empty(0, device=device)
+        if device.type == "cuda" and ranks.count() > 1 and device.index is not None:
+            raise RuntimeError("every rank has its own GPU; say cuda")
+        if device.type == "cuda" and not ranks.has_own_gpu():
+            raise RuntimeError(
+                f"more ranks here than GPUs, of which there are {torch.cuda.device_count()}"
+            )
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(f"{text!r} cannot be used here: {reason}") from None

@@ -11,18 +11,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import nibabel
 import torch
 import torch._functorch.config
 import torch._inductor.config
 from monai.inferers.utils import sliding_window_inference
-from monai.losses.dice import DiceLoss
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from benchmarks import ranks
 from benchmarks.brats_data import MODALITIES, BratsData, Case
 from benchmarks.brats_metrics import case_scores, hard_dice
 from benchmarks.brats_report import upright
@@ -55,6 +55,7 @@ __all__ = [
 
 Combination = tuple[str, ...]
 Sample = dict[str, Any]
+T = TypeVar("T")
 
 COMBINATIONS = modality_combinations(MODALITIES)
 NAMES = ["+".join(combination) for combination in COMBINATIONS]
@@ -259,11 +260,31 @@ def segmentation_loss(kind: str, logits: Tensor, label: Tensor) -> Tensor:
     ``"dice"``: soft Dice with smooth 1, voxels of the whole batch pooled per region, the mean over
     regions. ``"dice+bce"``: that plus the binary cross entropy of all voxels.
     """
+    return loss_of(loss_sums(kind, logits, label))
+
+
+def loss_sums(kind: str, logits: Tensor, label: Tensor) -> Tensor:
+    """What :func:`segmentation_loss` is made of, (2 + 2 R,): sums over samples and voxels.
+
+    Cross entropy and the number of voxels; the overlap of each region; its two volumes.
+    """
     logits, target = logits.float(), label.float()
-    dice = DiceLoss(sigmoid=True, batch=True, smooth_nr=1.0, smooth_dr=1.0)
-    loss: Tensor = dice(logits, target)
+    probability, axes = logits.sigmoid(), (0, 2, 3, 4)
+    entropy = logits.new_zeros(())
     if kind == "dice+bce":
-        loss = loss + F.binary_cross_entropy_with_logits(logits, target)
+        entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="sum")
+    voxels = entropy.new_full((), target.numel())
+    overlap = (probability * target).sum(axes)
+    volumes = probability.sum(axes) + target.sum(axes)
+    return torch.cat([torch.stack([entropy, voxels]), overlap, volumes])
+
+
+def loss_of(sums: Tensor) -> Tensor:
+    """The loss, from :func:`loss_sums` of a batch or from those of its parts, added up."""
+    entropy, voxels = sums[:2]
+    overlap, volumes = sums[2:].chunk(2)
+    dice: Tensor = 1 - (2 * overlap + 1) / (volumes + 1)  # (R,)
+    loss: Tensor = dice.mean() + entropy / voxels
     return loss
 
 
@@ -392,6 +413,7 @@ class Training:
             scope=config.scope,
             reduction=config.reduction,
             seed=seed,
+            process_group=ranks.group(),
         )
         batches = math.ceil(len(prepared.split["train"]) / config.batch_size)
         self.steps_per_epoch = math.ceil(batches / config.accumulate)
@@ -416,7 +438,7 @@ class Training:
             workers=self.config.workers,
             pin_memory=self.device.type == "cuda",
         )
-        losses = []
+        losses, left = [], len(self.prepared.split["train"])
         self.model.train()
         for window in _windows(iter(batches), self.config.accumulate):
             loss = self.step(window)
@@ -426,7 +448,9 @@ class Training:
             if losses and report is not None and not progress.disable:
                 conflicts = f"{report.conflict_rate():.0%}"
                 progress.set_postfix(loss=f"{losses[-1]:.3f}", conflicts=conflicts, refresh=False)
-            progress.update(sum(len(batch["name"]) for batch in window))
+            crops = min(len(window) * self.config.batch_size, left)  # on all ranks
+            progress.update(crops)
+            left -= crops
         self.epoch += 1
         self.history.append(
             {
@@ -444,7 +468,7 @@ class Training:
         None where that leaves nothing.
         """
         combinations = self.sampler()
-        window = [batch for batch in window if _any_possible(batch, combinations)]
+        window = [batch for batch in window if _possible(batch, combinations)]
         loss = None
         if window:
             with convolutions(self.config):
@@ -477,24 +501,35 @@ class Training:
     def losses(
         self, batch: Sample, combinations: Sequence[Combination]
     ) -> dict[str | Combination, Tensor | None]:
-        """One loss per combination, over the samples that have all of its modalities."""
+        """One loss per combination, over the samples that have all of its modalities.
+
+        Over those of all ranks: a rank that has none takes part with a loss that it adds nothing
+        to, through the last layer, which every loss reaches.
+        """
         volume = batch["volume"].to(self.device, non_blocking=True)
         label = batch["label"].to(self.device, non_blocking=True)
         available: Tensor = batch["available"]  # on the CPU: it decides what runs
         has = {combination: _having(batch, combination) for combination in combinations}
-        possible = [combination for combination in combinations if has[combination].any()]
-        with autocast(self.config):
-            logits, _ = self.model(
-                volume, None if available.all() else available, possible, return_valid=True
-            )  # C of (B, R, D, H, W)
-        losses: dict[str | Combination, Tensor | None] = dict.fromkeys(combinations)
-        for one, combination in zip(logits, possible, strict=True):
+        here = [combination for combination in combinations if has[combination].any()]
+        logits: Sequence[Tensor] = ()
+        if here:
+            with autocast(self.config):
+                logits, _ = self.model(
+                    volume, None if available.all() else available, here, return_valid=True
+                )  # C of (B, R, D, H, W)
+        bias = self.model.head.bias
+        assert bias is not None
+        nothing = bias.sum() * torch.zeros(2 + 2 * len(bias), device=self.device)
+        sums = dict.fromkeys(_possible(batch, combinations), nothing)
+        for one, combination in zip(logits, here, strict=True):
             target = label
             if not has[combination].all():
                 rows = has[combination].to(label.device)
                 one, target = one[rows], label[rows]
-            loss = segmentation_loss(self.config.loss, one, target)
-            losses[combination] = self.scaler.scale(loss)
+            sums[combination] = loss_sums(self.config.loss, one, target)
+        losses: dict[str | Combination, Tensor | None] = dict.fromkeys(combinations)
+        for combination, total in zip(sums, ranks.pooled(sums.values()), strict=True):
+            losses[combination] = self.scaler.scale(loss_of(total))
         return losses
 
     # -- validation and test -----------------------------------------------------------------------
@@ -508,16 +543,20 @@ class Training:
             return None
         if self.epoch % self.config.validate_every and not last:
             return None
-        values = []
-        for sample in self._samples("valid"):
-            logits = case_logits(self.model, sample, self.config)
-            for combination in _of(logits):
-                predicted = mean_of(logits, combination) > 0
-                values += hard_dice(predicted, sample["label"] > 0)
+        self.model.eval()
+        cases = range(len(self.prepared.split["valid"]))
+        values = [value for some in ranks.divided(self._case_dice, cases) for value in some]
         dice = math.fsum(values) / len(values)
         if self.best_dice is None or dice > self.best_dice:
             self._keep_best(dice)
         return dice
+
+    def _case_dice(self, index: int) -> list[float]:
+        """Of a validation case, for each combination and region."""
+        sample = self.prepared.datasets["valid"][index]
+        logits = case_logits(self.model, sample, self.config)
+        masks = [mean_of(logits, combination) > 0 for combination in _of(logits)]
+        return [value for mask in masks for value in hard_dice(mask, sample["label"] > 0)]
 
     def _keep_best(self, dice: float | None) -> None:
         self.best_epoch, self.best_dice = self.epoch, dice
@@ -525,34 +564,39 @@ class Training:
             name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()
         }
 
-    def _samples(self, split: str) -> Iterator[Sample]:
-        self.model.eval()
-        dataset = self.prepared.datasets[split]
-        for index in range(len(self.prepared.split[split])):
-            yield dataset[index]
-
     def finish(self, save: Callable[[], None]) -> dict[str, Any]:
-        """Test the best model on every case and combination; ``save`` is called after each case."""
+        """Test the best model on every case and combination.
+
+        ``save`` is called after each case, or after as many as there are ranks.
+        """
         started = time.perf_counter()
         best = DynamicSharingUNet3d(self.model.config)  # the last one stays in the checkpoint
         best.load_state_dict(self.best_model)
         best.to(self.device).eval()
-        slices: dict[str, Any] = {}
+        cases = self.prepared.split["test"]
         shown = shown_case(self.prepared)
         regions = list(self.prepared.data.regions)
-        for case, sample in zip(self.prepared.split["test"], self._samples("test"), strict=True):
-            if case.name in self.tested and case.name != shown:
-                continue
+
+        def test(index: int) -> tuple[dict[str, Any], dict[str, Any]]:
+            case, sample = cases[index], self.prepared.datasets["test"][index]
             logits = case_logits(best, sample, self.config)
-            if case.name == shown:
-                slices = case_slices(case, sample, logits)
-            if case.name not in self.tested:
-                self.tested[case.name] = {
-                    "+".join(combination): case_scores(
-                        mean_of(logits, combination), sample["label"], case.spacing, regions
-                    )
-                    for combination in _of(logits)
-                }
+            slices = case_slices(case, sample, logits) if case.name == shown else {}
+            scores = self.tested.get(case.name) or {
+                "+".join(combination): case_scores(
+                    mean_of(logits, combination), sample["label"], case.spacing, regions
+                )
+                for combination in _of(logits)
+            }
+            return scores, slices
+
+        slices: dict[str, Any] = {}
+        for some in _windows(iter(range(len(cases))), ranks.count()):
+            new = [index for index in some if cases[index].name not in self.tested]
+            left = [index for index in some if index in new or cases[index].name == shown]
+            for index, (scores, drawn) in zip(left, ranks.divided(test, left), strict=True):
+                self.tested[cases[index].name] = scores
+                slices = drawn or slices
+            if new:
                 self.seconds += time.perf_counter() - started
                 started = time.perf_counter()
                 save()
@@ -622,7 +666,7 @@ class Training:
             "scaler": self.scaler.state_dict(),
             "sampler": self.sampler.state_dict(),
             "best": {"epoch": self.best_epoch, "dice": self.best_dice, "model": self.best_model},
-            "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
+            "random": ranks.each({"cpu": torch.get_rng_state(), "cuda": cuda}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -645,9 +689,10 @@ class Training:
             best["dice"],
             best["model"],
         )
-        torch.set_rng_state(state["random"]["cpu"])
-        if state["random"]["cuda"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
+        random = ranks.own(state["random"])
+        torch.set_rng_state(random["cpu"])
+        if random["cuda"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(random["cuda"], self.device)
 
 
 def model_file(folder: Path, kind: str, method: str, seed: int) -> Path:
@@ -703,8 +748,10 @@ def _having(batch: Sample, combination: Combination) -> Tensor:
     return having
 
 
-def _any_possible(batch: Sample, combinations: Sequence[Combination]) -> bool:
-    return any(bool(_having(batch, combination).any()) for combination in combinations)
+def _possible(batch: Sample, combinations: Sequence[Combination]) -> list[Combination]:
+    """Those that a sample of the batch has, on whichever rank."""
+    here = torch.tensor([int(_having(batch, combination).sum()) for combination in combinations])
+    return list(itertools.compress(combinations, ranks.summed(here).tolist()))
 
 
 def _padded(tensor: Tensor, m: int, value: float) -> Tensor:
@@ -712,9 +759,9 @@ def _padded(tensor: Tensor, m: int, value: float) -> Tensor:
     return F.pad(tensor, padding, value=value)
 
 
-def _windows(batches: Iterator[Sample], size: int) -> Iterator[list[Sample]]:
-    """Groups of ``size`` batches, one optimizer step each; the last one may be smaller."""
-    while window := list(itertools.islice(batches, size)):
+def _windows(items: Iterator[T], size: int) -> Iterator[list[T]]:
+    """Groups of ``size``; the last one may be smaller."""
+    while window := list(itertools.islice(items, size)):
         yield window
 
 

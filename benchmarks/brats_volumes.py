@@ -20,8 +20,9 @@ from monai.transforms.croppad.dictionary import RandSpatialCropd, SpatialPadd
 from monai.transforms.spatial.dictionary import RandFlipd
 from monai.transforms.transform import Transform
 from monai.transforms.utility.dictionary import EnsureTyped
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
+from benchmarks import ranks
 from benchmarks.brats_data import MODALITIES, SEGMENTATION, Case, Regions, read_volumes
 from benchmarks.results import atomic_path
 
@@ -199,6 +200,8 @@ def training_batches(
     Crops lie anywhere inside the volume with the same probability, after zeros were added around
     what is smaller than the crop. Each of the three axes is flipped with probability 1/2.
 
+    A rank gets its share of every batch, which may be nothing.
+
     The order depends on seed, epoch and the number of cases; a crop and its flips on seed, epoch
     and the case's place in the dataset. Nothing depends on ``workers`` or on torch's and NumPy's
     global generators, or changes them.
@@ -214,15 +217,24 @@ def training_batches(
     """
     count = len(dataset)  # type: ignore[arg-type]
     order = np.random.RandomState(_derived(seed, epoch, 0)).permutation(count)
+    batches = [order[start : start + batch_size] for start in range(0, count, batch_size)]
     return DataLoader(
         _Crops(dataset, crop, seed, epoch),
-        batch_size=batch_size,
-        sampler=order.tolist(),
+        batch_sampler=[ranks.share(batch).tolist() for batch in batches],
+        collate_fn=_batch,
         num_workers=workers,
         pin_memory=pin_memory,
         # Workers' own seeds, which nothing here uses, would otherwise come from torch's generator.
         generator=torch.Generator(),
     )
+
+
+def _batch(samples: list[Sample]) -> Sample:
+    if samples:
+        batch: Sample = default_collate(samples)
+        return batch
+    nothing, available = torch.empty(0), torch.empty(0, len(MODALITIES), dtype=torch.bool)
+    return {"volume": nothing, "available": available, "label": nothing, "name": []}
 
 
 class _Crops(Dataset[Sample]):

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import gradsplit
+from benchmarks import ranks
 
 __all__ = [
     "RESULTS",
@@ -94,7 +95,10 @@ def file_sha256(path: Path) -> str:
 
 
 def environment(packages: Sequence[str]) -> dict[str, str]:
-    """Versions of Python, gradsplit, torch and the distributions ``packages``; the platform."""
+    """Versions of Python, gradsplit, torch and the distributions ``packages``; the platform; ranks.
+
+    One process does not say that it is one.
+    """
     versions = {name: metadata.version(name) for name in packages}
     return {
         "python": platform.python_version(),
@@ -102,6 +106,7 @@ def environment(packages: Sequence[str]) -> dict[str, str]:
         "torch": str(torch.__version__),  # a plain string: checkpoints hold nothing else
         **versions,
         "platform": f"{sys.platform} {platform.machine()}",
+        **({"ranks": str(ranks.count())} if ranks.count() > 1 else {}),
     }
 
 

@@ -15,7 +15,11 @@ pcgrad    the rule in GMD's released code
 The epoch with the best validation split (MAE, mean over all combinations) is tested on every
 combination of available modalities. Results go to results/sentiment-DATE: results.json, table.md,
 scores.png, angles.png, dominance.png. Ctrl-C leaves a checkpoint that --resume continues from
-exactly.
+exactly. On several ranks:
+
+    torchrun --nproc-per-node 2 -m benchmarks.sentiment ...
+
+each step has the same batch, of which each rank takes its share.
 """
 
 import argparse
@@ -37,7 +41,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import results
+from benchmarks import ranks, results
 from benchmarks.arguments import (
     absolute,
     combinations_of,
@@ -105,11 +109,13 @@ class Config:
 def predict(model: SentimentTransformer, split: Split) -> Array:
     """(7, N): the scores of every combination, in the order of COMBINATIONS."""
     model.eval()
-    scores = []
-    for index in torch.split(torch.arange(len(split)), EVALUATION_BATCH):
+
+    def scores(index: Tensor) -> Tensor:
         inputs, _ = split.batch(index)
-        scores.append(torch.stack(model(inputs, combinations=COMBINATIONS)))  # (7, B)
-    joined = torch.cat(scores, dim=1).double()
+        return torch.stack(model(inputs, combinations=COMBINATIONS))  # (7, B)
+
+    batches = torch.split(torch.arange(len(split)), EVALUATION_BATCH)
+    joined = torch.cat(ranks.divided(scores, batches), dim=1).double()
     if not joined.isfinite().all():
         raise Diverged("a score is not a finite number")
     return joined.numpy()
@@ -152,7 +158,10 @@ class Training:
             ),
             rule=RULES[method],
             seed=seed,
+            process_group=ranks.group(),
         )
+        if ranks.rank() > 0:  # other samples, other dropout
+            torch.manual_seed(seed + 1_000_003 * ranks.rank())
         self.sampler = sampler_of(method, config.combinations, MODALITIES, seed)
         self.best_epoch = 0
         self.best_mae = math.inf
@@ -168,7 +177,7 @@ class Training:
         self.model.train()
         shuffled = torch.randperm(len(train), generator=order)
         for index in torch.split(shuffled, self.config.batch_size):
-            losses.append(self._step(*train.batch(index)))
+            losses.append(self._step(train, index))
             if not progress.disable:
                 report = self.optimizer.last
                 assert report is not None
@@ -183,14 +192,19 @@ class Training:
         self.history.append({"train_loss": math.fsum(losses) / len(losses), "valid_mae": valid_mae})
         self.seconds += time.perf_counter() - started
 
-    def _step(self, inputs: dict[str, tuple[Tensor, Tensor]], labels: Tensor) -> float:
+    def _step(self, train: Split, index: Tensor) -> float:
+        """One step over the utterances ``index`` of ``train``; the mean loss."""
         combinations = self.sampler()
-        scores = self.model(inputs, combinations=combinations)  # C of (B,)
-        loss = LOSSES[self.config.loss]
-        losses: dict[str | Combination, Tensor] = {
-            combination: loss(score, labels)
-            for combination, score in zip(combinations, scores, strict=True)
-        }
+        losses: dict[str | Combination, Tensor | None] = dict.fromkeys(combinations)
+        own = ranks.share(index)
+        if len(own) > 0:
+            inputs, labels = train.batch(own)
+            scores = self.model(inputs, combinations=combinations)  # C of (B,)
+            loss = LOSSES[self.config.loss]
+            # The mean over the ranks that have a sample is then that over all samples.
+            weight = len(own) * min(ranks.count(), len(index)) / len(index)
+            for combination, score in zip(combinations, scores, strict=True):
+                losses[combination] = weight * loss(score, labels)
         self.optimizer.zero_grad()
         report = self.optimizer.backward(losses)
         if self.config.clip_norm is not None:
@@ -242,7 +256,7 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "sampler": self.sampler.state_dict(),
             "best": {"epoch": self.best_epoch, "mae": self.best_mae, "model": self.best_model},
-            "random": torch.get_rng_state(),
+            "random": ranks.each(torch.get_rng_state()),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -258,7 +272,7 @@ class Training:
         self.best_epoch = state["best"]["epoch"]
         self.best_mae = state["best"]["mae"]
         self.best_model = state["best"]["model"]
-        torch.set_rng_state(state["random"])
+        torch.set_rng_state(ranks.own(state["random"]))
 
 
 def _line_of(result: Mapping[str, Any]) -> str:
@@ -275,13 +289,18 @@ def _line_of(result: Mapping[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    return ranks.run(lambda: _main(arguments))
+
+
+def _main(arguments: list[str]) -> int:
     parser = _parser()
     options = vars(parser.parse_args(arguments))
     if "resume" not in options:
         wanted = options.pop("out", Path("results") / f"sentiment-{datetime.date.today()}")
         config = _config(parser, options)
         data = _load_data(parser, config)
-        command = shlex.join(["python", "-m", "benchmarks.sentiment", *arguments])
+        started = ranks.command("python")
+        command = shlex.join([*started, "-m", "benchmarks.sentiment", *arguments])
         environment, digest = _versions(), data.digest
         session = Session.start(parser, wanted, asdict(config), command, environment, digest)
         return _run(session, data)
@@ -317,7 +336,7 @@ def _run(session: Session, data: SentimentData) -> int:
             environment=session.environment,
             done=session.done,
         )
-        table = write_report(report, session.folder)
+        table = ranks.first(lambda: write_report(report, session.folder))
     except KeyboardInterrupt:
         again = session.how_to_continue()
         print(f"\ninterrupted; to continue:\n  {again}", file=sys.stderr)

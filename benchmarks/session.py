@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from benchmarks import results
+from benchmarks import ranks, results
 from benchmarks.checkpoint import load_checkpoint, save_checkpoint
 
 __all__ = ["CHECKPOINT", "Diverged", "Session", "Training", "check_digest"]
@@ -43,6 +43,10 @@ class Training(Protocol):
 
         ``save`` writes a checkpoint, for tests that take long.
         """
+
+
+def _nothing(training: Any) -> None:
+    """In place of what rank 0 does alone."""
 
 
 class Session:
@@ -87,7 +91,8 @@ class Session:
     ) -> "Session":
         """In ``wanted``, or beside it where that holds another run."""
         try:
-            folder = results.new_folder(wanted, (results.RESULTS, CHECKPOINT))
+            markers = (results.RESULTS, CHECKPOINT)
+            folder = ranks.first(lambda: results.new_folder(wanted, markers))
         except OSError as error:
             parser.error(f"argument --out: cannot create {wanted}: {error.strerror}")
         if folder != wanted:
@@ -110,13 +115,19 @@ class Session:
                 "or start a new run"
             )
         try:
-            session = cls.load(folder)
+            session = ranks.first(lambda: cls.load(folder))
         except OSError:
             parser.error(f"argument --resume: {folder} holds no {CHECKPOINT} of an interrupted run")
         except ValueError as error:
             parser.error(f"argument --resume: {error}")
         if session.benchmark != parser.prog:
             parser.error(f"argument --resume: {folder} holds a run of {session.benchmark}")
+        began, now = (int(some.get("ranks", 1)) for some in (session.environment, environment))
+        if began != now:
+            parser.error(
+                f"argument --resume: the run began on {began} rank{'s' * (began > 1)}, this is "
+                f"{now}; only the same number can continue it"
+            )
         for name, version in environment.items():
             if session.environment.get(name) != version:
                 print(
@@ -145,6 +156,8 @@ class Session:
         return session
 
     def save(self) -> None:
+        if ranks.rank() > 0:
+            return
         content = {
             "benchmark": self.benchmark,
             "config": self.config,
@@ -157,7 +170,7 @@ class Session:
         save_checkpoint(self.folder / CHECKPOINT, content)
 
     def _save(self, training: Training) -> None:
-        self.current = training.state_dict()
+        self.current = training.state_dict()  # asks all ranks
         self.save()
 
     def train(
@@ -169,7 +182,7 @@ class Session:
         epoch_length: int,
         unit: str,
         line: Callable[[Mapping[str, Any]], str],
-        saved: Callable[[Any], None] = lambda training: None,
+        saved: Callable[[Any], None] = _nothing,
     ) -> None:
         """Run what is left of ``plan``.
 
@@ -180,11 +193,13 @@ class Session:
             epoch_length: what a training adds to the progress bar per epoch.
             unit: of that.
             line: what to say of a finished training's result.
-            saved: called with the training after each checkpoint.
+            saved: called on rank 0 with the training after each checkpoint.
 
         Raises:
             Diverged: of a training, saying which one and where.
         """
+        if ranks.rank() > 0:
+            saved = _nothing
         with tqdm(
             total=len(plan) * epochs * epoch_length,
             initial=len(self.done) * epochs * epoch_length,
@@ -220,11 +235,12 @@ class Session:
     def how_to_continue(self, *options: str) -> str:
         """The command that resumes, with ``options`` that are given anew."""
         module = self.benchmark.split()[1:]
-        return shlex.join([sys.executable, *module, "--resume", str(self.folder), *options])
+        started = ranks.command(sys.executable)
+        return shlex.join([*started, *module, "--resume", str(self.folder), *options])
 
     def close(self) -> None:
         """Everything is written: the checkpoint is not needed any more."""
-        (self.folder / CHECKPOINT).unlink()
+        ranks.first((self.folder / CHECKPOINT).unlink)
 
 
 def check_digest(parser: argparse.ArgumentParser, source: str, found: str, expected: str) -> None:

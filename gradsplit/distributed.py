@@ -91,26 +91,26 @@ class Ranks:
             self.agree(error)
             raise
 
-    def sum(self, message: Sequence[float], *more: Tensor) -> list[float]:
-        """Of numbers of all ranks, and of one-element tensors in front of them.
+    def sum(self, loss: Tensor | None, message: Sequence[float]) -> list[float]:
+        """A loss (None: zero) and numbers, summed over ranks.
 
         Raises:
             RankError: a rank has called :meth:`fail` instead.
         """
-        head = torch.stack([t.detach().reshape(()).to(self.device, torch.float64) for t in more])
-        tail = torch.tensor([0.0, *message], dtype=torch.float64, device=self.device)
-        total = torch.cat([head, tail])
-        dist.all_reduce(total, group=self.group)
-        summed: list[float] = total.tolist()
-        if summed.pop(len(more)) > 0:
+        numbers = torch.tensor([0.0, 0.0, *message], dtype=torch.float64, device=self.device)
+        if loss is not None:
+            numbers[1] = loss.detach().reshape(())
+        dist.all_reduce(numbers, group=self.group)
+        failed, *summed = numbers.tolist()
+        if failed:
             self._raise({})
         return summed
 
     def fail(self, error: Exception, length: int) -> None:
         """Tell the others, who wait for :meth:`sum` of ``length`` numbers, that none will come."""
-        message = torch.zeros(length + 1, dtype=torch.float64, device=self.device)
-        message[1] = 1.0
-        dist.all_reduce(message, group=self.group)
+        numbers = torch.zeros(length + 2, dtype=torch.float64, device=self.device)
+        numbers[0] = 1.0
+        dist.all_reduce(numbers, group=self.group)
         self._raise(error)
 
     @contextlib.contextmanager
@@ -181,16 +181,15 @@ class Ranks:
         failed = [f"rank {r}: {text}" for r, text in enumerate(everyone) if isinstance(text, str)]
         if failed:
             raise RankError(f"stopped, as another rank has failed; {'; '.join(failed)}")
-        for key in mine:
+        lines = []
+        for key in dict.fromkeys(key for one in everyone for key in one):
             who: defaultdict[str, list[int]] = defaultdict(list)
-            for rank, other in enumerate(everyone):
-                who[repr(other[key])].append(rank)
+            for rank, one in enumerate(everyone):
+                who[repr(one.get(key))[:500]].append(rank)
             if len(who) > 1:
-                listed = "; ".join(
-                    f"rank{'s' if len(r) > 1 else ''} {', '.join(map(str, r))}: {text[:500]}"
-                    for text, r in who.items()
-                )
-                raise RankError(f"ranks differ in {key}: {listed}")
+                what = (f"rank {', '.join(map(str, some))}: {text}" for text, some in who.items())
+                lines.append(f"{key}: {'; '.join(what)}")
+        raise RankError(f"ranks differ in {'; and in '.join(lines)}")
 
 
 def ranks_of(
@@ -283,7 +282,7 @@ class ShardedJacobian:
         self.blocks = part.blocks  # the same on all ranks, but for the lengths of rows
         self.graphs_tell, self.stops = False, not ranks.sharded
         self._part, self._ranks, self._single, self._partial = part, ranks, single, partial
-        self._following = 2 + len(leaves)  # numbers in the next message; 0: there is none
+        self._following = 1 + len(leaves)  # numbers in the next message; 0: there is none
         self._stand_ins = {leaf: _stand_in(leaf, ranks) for leaf in leaves}
         self._leaves = {stand_in: leaf for leaf, stand_in in self._stand_ins.items()}
         part.uncounted = {self._stand_ins[p] for p in leaves if not _counted(p, ranks)}
@@ -337,7 +336,7 @@ class ShardedJacobian:
         """The message of a row, summed: loss, how many have it, how many reach each leaf."""
         have = float(loss is not None)
         message = [have, *(float(leaf in found) for leaf in self._stand_ins)]
-        heard = self._ranks.sum(message, torch.zeros(()) if loss is None else loss)
+        heard = self._ranks.sum(loss, message)
         if self._ranks.sharded and 0 < heard[1] < self._ranks.size:
             raise RankError(
                 f"{name!r} is unavailable on {self._ranks.size - heard[1]:.0f} of "
@@ -375,17 +374,17 @@ class ShardedJacobian:
 
     def weights(self, rule: Callable[[Tensor], Tensor], gramian: Tensor) -> Tensor:
         """(m,): those of the first rank, for a rule may draw at random, or fail on one."""
-        following, self._following = self._following, 1 + len(gramian)
+        following, self._following = self._following, len(gramian)
         mine = rule(gramian)
         mine = mine if self._ranks.rank == 0 else torch.zeros_like(mine)
-        _, *weights = self._ranks.sum(mine.tolist(), torch.zeros(()))
+        _, *weights = self._ranks.sum(None, mine.tolist())
         self._following = following
         return mine.new_tensor(weights)
 
     def missed(self, reached: Callable[[Tensor], bool]) -> set[Tensor]:
         """As :meth:`Jacobian.missed`, on any rank."""
         message = [0.0, *(float(not reached(leaf)) for leaf in self._stand_ins)]
-        _, _, *misses = self._ranks.sum(message, torch.zeros(()))
+        _, _, *misses = self._ranks.sum(None, message)
         return {leaf for leaf, n in zip(self._stand_ins, misses, strict=True) if n > 0}
 
     def averaged(self, gradients: Gradients) -> dict[Tensor, Tensor]:

@@ -162,9 +162,9 @@ def test_methods_start_alike_and_see_the_same_batches(
         batches: list[Any] = []
         step = training._step
 
-        def spy(inputs: Any, labels: torch.Tensor, step: Any = step, to: Any = batches) -> float:
-            to.append(labels)
-            return float(step(inputs, labels))
+        def spy(train: Split, index: torch.Tensor, step: Any = step, to: Any = batches) -> float:
+            to.append(index)
+            return float(step(train, index))
 
         monkeypatch.setattr(training, "_step", spy)
         training.train_epoch(Silent())
@@ -238,7 +238,7 @@ def test_clipping_limits_the_merged_gradient(data: SentimentData) -> None:
     training = Training(small(clip_norm=1e-3, optimizer="sgd", lr=1.0, weight_decay=0.0), data,
                         "gmd", 0)  # fmt: skip
     before = [parameter.detach().clone() for parameter in training.model.parameters()]
-    training._step(*data.splits["train"].batch(torch.arange(8)))
+    training._step(data.splits["train"], torch.arange(8))
     after = training.model.parameters()
     moved = [(p.detach() - b).norm() for p, b in zip(after, before, strict=True)]
     assert_allclose(float(torch.stack(moved).norm()), 1e-3, rtol=1e-3)
@@ -266,7 +266,7 @@ def test_diagnosis_is_what_the_optimizer_reports(data: SentimentData) -> None:
     training = Training(small(combinations="k=3"), data, "gmd", 0)
     reports = []
     for index in torch.arange(24).split(8):
-        training._step(*data.splits["train"].batch(index))
+        training._step(data.splits["train"], index)
         assert isinstance(training.optimizer.last, Decoupling)
         reports.append(training.optimizer.last)
     seen = diagnose(training.records(), NAMES)
