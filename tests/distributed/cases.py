@@ -15,10 +15,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from gradsplit import ModalityDecoupledOptimizer
 from tests.reference import TwoTowers, same
+
+try:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+except ImportError:  # torch 2.4
+    from torch.distributed._composable.fsdp import MixedPrecisionPolicy, fully_shard
 
 NAMES = ("a", "b", "a+b")
 TARGETS = {"a": 1.0, "b": -1.0, "a+b": 0.3}
@@ -318,9 +325,6 @@ def compiled(module: nn.Module) -> nn.Module:
 
 
 def flat(net: nn.Module, rank: int, world: int, **more: Any) -> tuple[int, int]:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
     fully_shard(net, mesh=init_device_mesh("cpu", (world,)), **more)
     return rank, world
 
@@ -332,9 +336,6 @@ def nested(net: nn.Module, rank: int, world: int) -> tuple[int, int]:
 
 
 def hybrid(net: nn.Module, rank: int, world: int) -> tuple[int, int]:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
     mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
     fully_shard(net, mesh=mesh)
     return rank, world
@@ -342,14 +343,6 @@ def hybrid(net: nn.Module, rank: int, world: int) -> tuple[int, int]:
 
 def with_tensor_parallel(net: nn.Module, rank: int, world: int) -> tuple[int, int]:
     """Ranks that share a sample share the trunk's two linear layers."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor.parallel import (
-        ColwiseParallel,
-        RowwiseParallel,
-        parallelize_module,
-    )
-
     mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("data", "tensor"))
     plan = {"trunk.1": ColwiseParallel(), "trunk.3": RowwiseParallel()}
     parallelize_module(net, mesh["tensor"], plan)
@@ -358,8 +351,6 @@ def with_tensor_parallel(net: nn.Module, rank: int, world: int) -> tuple[int, in
 
 
 def in_bfloat16(net: nn.Module, rank: int, world: int) -> tuple[int, int]:
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     return flat(net, rank, world, mp_policy=policy)
 

@@ -33,7 +33,7 @@ def main(folder: Path, kill: int) -> None:
     net, opt, case, rank, world = start(Case(missing="one rank"))
     saved, begin = folder / "saved.pt", 0
     if saved.exists():
-        begin, parameters, state = torch.load(saved)
+        begin, parameters, state = torch.load(saved, weights_only=True)
         net.load_state_dict(parameters)
         opt.load_state_dict(state)
 

@@ -72,10 +72,16 @@ class Ranks:
             theirs.close()  # or its death would not be seen
             self._processes.append(process)
             self._pipes.append(ours)
+        for pipe in self._pipes:  # importing torch takes its time, and none of the collectives'
+            assert pipe.poll(300) and pipe.recv_bytes() == b"ready"
+        for pipe in self._pipes:
+            pipe.send_bytes(b"go")
 
 
 def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
+    pipe.send_bytes(b"ready")
+    pipe.recv_bytes()
     dist.init_process_group(
         "gloo",
         init_method=f"file://{store}",

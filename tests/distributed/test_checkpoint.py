@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from gradsplit import ModalityDecoupledOptimizer
-from tests.distributed.cases import Case, place, start, take_step, whole
+from tests.distributed.cases import SHARDED, Case, place, start, take_step, whole
 from tests.reference import same
 
 CASE = Case(options={"rule": "pcgrad", "seed": 7})
@@ -42,7 +42,7 @@ def save(net: nn.Module, opt: ModalityDecoupledOptimizer, kind: str, folder: str
 def load(net: nn.Module, opt: ModalityDecoupledOptimizer, kind: str, folder: str) -> None:
     full = StateDictOptions(full_state_dict=kind == "full")
     if kind == "full":
-        state: dict[str, Any] = torch.load(f"{folder}/all.pt")
+        state: dict[str, Any] = torch.load(f"{folder}/all.pt", weights_only=True)
     else:
         state = {
             "model": get_model_state_dict(net),
@@ -80,8 +80,12 @@ def load_and_train(how: str, kind: str, folder: str) -> Any:
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # with one process it is
 @pytest.mark.parametrize("kind", ["sharded", "full"])
 @pytest.mark.parametrize("how", ["ddp", "nested", *MORE])
-def test_training_goes_on_from_a_checkpoint(ranks, how: str, kind: str, tmp_path: Path) -> None:
+def test_training_goes_on_from_a_checkpoint(
+    ranks, how: str, kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """Parameters, momentum, the seed and the number of merges come back."""
+    if how in SHARDED:
+        request.getfixturevalue("sharding")
     place = (how, kind, str(tmp_path))
     whole_run, resumed = (ranks(2).run(s, *place) for s in (train_and_save, load_and_train))
     assert same(whole_run, resumed)

@@ -10,22 +10,7 @@ import torch
 from tests.distributed.cases import SHARDED, Case, assert_exact, error_of, start, train
 from tests.reference import same
 
-
-def sharded_backward() -> str:
-    def use() -> None:
-        net, _, case, rank, world = start(Case(how="flat"))
-        case.losses(net, 0, 0, rank, world)["a"].backward()
-
-    return error_of(use)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def possible(ranks) -> None:
-    """torch 2.4 cannot shard without CUDA; found out by trying."""
-    for error in ranks(2).run(sharded_backward):
-        if error:
-            pytest.skip(f"fully_shard on this device: {error}")
-
+pytestmark = pytest.mark.usefixtures("sharding")
 
 FEW = {"steps": 6}  # each is slow
 # The forward is rounded to 2^-9.
