@@ -56,9 +56,28 @@ class OneTrunk(nn.Module):
         return {n: outputs[:, NAMES.index(n)] for n in names}
 
 
+class Assorted(nn.Module):
+    """Parameters of all sorts: complex, one number, frozen, unused, not in the usual order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, (1, 2)).to(memory_format=torch.channels_last)
+        self.phase = nn.Parameter(torch.randn(16, dtype=torch.complex128))
+        self.gain = nn.Parameter(torch.ones(()))
+        self.frozen = nn.Parameter(torch.ones(16), requires_grad=False)
+        self.unused = nn.Parameter(torch.ones(3))
+        self.mix = nn.Parameter(torch.randn(3, 16).t() / 4)
+
+    def forward(self, x: Tensor, y: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        seen = self.conv(x[:, :, None, None] * y[:, None, None, :]).tanh().flatten(1)
+        outputs = ((seen * self.phase).real * self.frozen) @ self.mix * self.gain
+        return {n: outputs[:, NAMES.index(n)] for n in names}
+
+
 NETS: dict[str, Callable[[], nn.Module]] = {
     "towers": Towers,
     "one trunk": OneTrunk,
+    "assorted": Assorted,
     "batch norm": lambda: Towers(nn.BatchNorm1d),
 }
 
@@ -101,7 +120,10 @@ class Case:
 
     def model(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
-        return NETS[self.net]().to(self.dtype)
+        torch.set_default_dtype(self.dtype)
+        net = NETS[self.net]()
+        torch.set_default_dtype(torch.float32)
+        return net
 
     def optimizer(self, net: nn.Module, **more: Any) -> ModalityDecoupledOptimizer:
         options = {
