@@ -215,9 +215,17 @@ def ranks_of(
                 "supported; use fully_shard (FSDP2) or DDP"
             )
     sharded = [p for p in parameters if isinstance(p, DTensor)]
+    world = dist.get_world_size()
+    for ddp in ddps:
+        slice_of_mesh = getattr(ddp, "device_mesh", None) is not None
+        if sharded or (slice_of_mesh and dist.get_world_size(ddp.process_group) < world):
+            raise ValueError(
+                "module: DistributedDataParallel over tensor parallelism is not supported, as no "
+                "rank sees a whole gradient; use fully_shard over it"
+            )
     if ddps and group is not None:
         raise ValueError("process_group: leave it out, the DistributedDataParallel has its own")
-    if ddps and not sharded:
+    if ddps:
         group = ddps[0].process_group
         if not set(parameters) <= {p for ddp in ddps for p in ddp.parameters()}:
             raise ValueError(
@@ -231,11 +239,11 @@ def ranks_of(
                 f"lies on all {dist.get_world_size(group)} ranks"
             )
     elif group is None:
-        if dist.get_world_size() == 1:
+        if world == 1:
             return None
         of = "its module holds no DistributedDataParallel" if module is not None else "no module"
         raise RuntimeError(
-            f"there are {dist.get_world_size()} ranks, and this optimizer has {of} and no "
+            f"there are {world} ranks, and this optimizer has {of} and no "
             f"process_group, so that ranks would drift apart: {_HOW}. (Ranks that train models "
             "of their own give a group of one rank.)"
         )

@@ -54,10 +54,29 @@ def fsdp1(net: nn.Module) -> nn.Module:
     return FullyShardedDataParallel(net, device_id=torch.device("cpu"), use_orig_params=True)
 
 
+def over_tensor_parallelism(net: nn.Module) -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "tensor"))
+    plan = {"trunk.1": ColwiseParallel(), "trunk.3": RowwiseParallel()}
+    parallelize_module(net, mesh["tensor"], plan)
+    return DistributedDataParallel(net, device_mesh=mesh["data"])
+
+
 @pytest.mark.parametrize("call", ["backward", "accumulate"])
 @pytest.mark.parametrize(
     ("wrap", "reason"),
-    [(static_graph, "static_graph"), (communication_hook, "hook"), (fsdp1, "fully_shard")],
+    [
+        (static_graph, "static_graph"),
+        (communication_hook, "hook"),
+        (fsdp1, "fully_shard"),
+        (over_tensor_parallelism, "tensor parallelism"),
+    ],
 )
 def test_what_cannot_be_exact_is_refused_with_the_reason(
     ranks, wrap: Any, reason: str, call: str
