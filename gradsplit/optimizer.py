@@ -386,7 +386,9 @@ class ModalityDecoupledOptimizer(Optimizer):
                 result = self._base.step(self._checked(closure))
             self._warn_of_plain_steps()
             return result
-        self._refuse_pending()
+        ranks = self._found_ranks()
+        with ranks.told() if ranks is not None else contextlib.nullcontext():
+            self._refuse_pending()
         _, taken = self._decouple(closure, replace=True)
         self._base.step()
         if isinstance(closure, Mapping):
@@ -507,6 +509,7 @@ class ModalityDecoupledOptimizer(Optimizer):
             call = "backward" if last else "accumulate"
             closures = any(callable(entry.loss) for entry in entries)
             said = self._said(entries, window, call)
+            said["what requires grad"] = [leaf.requires_grad for leaf in ranks.leaves]
             if ranks.sharded:  # or torch's own collectives would wait for each other
                 said["available losses"] = [e.name for e in entries if e.loss is not None]
             ranks.agree(said, closures)
@@ -662,7 +665,7 @@ class ModalityDecoupledOptimizer(Optimizer):
             "names accumulated before": list(window.seen),
             "options": {name: plain(option) for name, option in vars(self._options).items()},
             "seed and number of merges": (self._counter(_SEED), self._counter(_MERGES)),
-            "parameters": [(tuple(p.shape), str(p.dtype), p.requires_grad) for p in places],
+            "parameters": [(tuple(p.shape), str(p.dtype)) for p in places],
         }
 
     # -- the contract of torch.optim -----------------------------------------------------------
