@@ -20,7 +20,7 @@ CASES = [
         for given in GIVEN
         for missing in ("all but one", "everywhere")
     ),
-    *(Case(given=given, missing="all", **SHORT) for given in ("several forwards", "closures")),
+    *(Case(given=given, missing="all", **SHORT) for given in ("joint", "closures")),
     Case(net="one trunk", missing="all but one", **SHORT),
     Case(net="assorted", missing="one rank"),
     *(Case(given=given, micro=3, **SHORT) for given in GIVEN),

@@ -49,7 +49,8 @@ class Fault:
 
     words: tuple[str, ...] = ()
     change: Callable[[Losses], Any] = lambda losses: losses
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the odd rank; "only": parameters
+    common: Mapping[str, Any] = field(default_factory=dict)  # of all
     spoil: Callable[[nn.Module], Callable[[], object]] | None = None  # returns how to undo it
     call: str = "backward"
     own: str = "RuntimeError"  # the odd rank's own error; of a mismatch: as everywhere
@@ -89,13 +90,14 @@ MISMATCHES = {
     "a rule of the user's": Fault(("other", "gmd"), options={"rule": other}),
     "scope": Fault(("all", "shared"), options={"scope": "all"}),
     "parameters in scope": Fault(("scope",), options={"scope": "trunk"}),
-    "seed": Fault(("seed",), options={"rule": "pcgrad", "seed": 1}),
+    "seed": Fault(("seed",), options={"seed": 1}, common={"rule": "pcgrad"}),
     "row_dtype": Fault(("bfloat16",), options={"row_dtype": torch.bfloat16}),
     "conflict_parameters": Fault(
         ("conflict_parameters",), options={"conflict_parameters": "trunk"}
     ),
     "parameters": Fault(options={"only": "trunk"}),
     "frozen": Fault(spoil=freeze),
+    "frozen outside the optimizer": Fault(spoil=freeze, common={"only": "trunk"}),
 }
 ERRORS = {
     "a loss": Fault(("scalar",), lambda losses: losses | {"b": NOT_SCALAR}, own="ValueError"),
@@ -116,7 +118,13 @@ ERRORS = {
         own="ValueError",
         given=("closures",),
     ),
-    "a rule": Fault(("no data",), spoil=break_rule, own="Mishap", given=("closures",)),
+    "a rule": Fault(
+        ("no data",),
+        spoil=break_rule,
+        common={"rule": fragile},
+        own="Mishap",
+        given=("closures",),
+    ),
     "a hook": Fault(("no data",), spoil=break_second_backward, own="Mishap"),
 }
 FAULTS = MISMATCHES | ERRORS
@@ -135,10 +143,7 @@ def suffer(name: str, given: str, how: str, pending: bool) -> Suffered:
     net, good, case, rank, world = start(Case(how=how, given=given))
     good.step(case.losses(net, 0, 0, rank, world))
     fault, odd, inner = FAULTS[name], rank == world - 1, getattr(net, "module", net)
-    options = {"rule": fragile} if name == "a rule" else {}
-    if name == "seed":
-        options = {"rule": "pcgrad"}
-    options |= fault.options if odd else {}
+    options = {**fault.common, **(fault.options if odd else {})}
     only = options.pop("only", None)
     told = {"module": net} if how == "ddp" else {"process_group": dist.group.WORLD}
     faulty = replace(case, options=options).optimizer(inner.trunk if only else inner, **told)
@@ -164,8 +169,7 @@ SITUATIONS = [
     *(
         (name, fault.given[0], "ddp", True)
         for name, fault in FAULTS.items()
-        # (A sequence would be an error on one rank, too.)
-        if not fault.options and name not in ("sequence", "a rule")
+        if not fault.options and not fault.common and name != "sequence"  # an error on one rank
     ),
     *((name, "closures", "group", False) for name in ("names", "a last closure", "a hook")),
 ]
@@ -227,6 +231,20 @@ def test_an_empty_micro_batch_is_no_error(ranks) -> None:
     for ours in outcomes:
         assert same(ours, outcomes[0])
         torch.testing.assert_close(ours[3], expected[3])
+
+
+def dropped_by_one() -> str:
+    net, opt, case, rank, world = start(Case())
+    opt.accumulate(case.losses(net, 0, 0, rank, world))
+    if rank == 1:
+        opt.zero_grad()
+    return error_of(lambda: opt.step(case.losses(net, 1, 0, rank, world)))
+
+
+def test_rows_that_one_rank_has_dropped_are_told_on_all(ranks) -> None:
+    """Those that others still have are refused by ``step(losses)``."""
+    first, second = ranks(2).run(dropped_by_one)
+    assert "pending" in first and "rank 0" in second and "pending" in second
 
 
 def closures_and_tensors(mixed: str) -> tuple[str, list[Tensor | None]]:
