@@ -155,8 +155,10 @@ def weighted_backward(
             _backward(losses, factors, False, held)
         gradients = {leaf: leaf.grad for leaf in held if leaf.grad is not None}
     _refuse_sparse(gradients, "a loss")
+    if reduction != "released":
+        return jacobian.averaged(gradients)
     reached = functools.partial(found.reached_by_all, surely=True)
-    missed = jacobian.missed(reached) if reduction == "released" else gradients
+    missed = jacobian.missed(reached)
     return {
         leaf: gradient / m if leaf not in missed and reached(leaf) else gradient
         for leaf, gradient in jacobian.averaged(gradients).items()
