@@ -63,6 +63,21 @@ class OneTrunk(nn.Module):
         return {n: outputs[:, NAMES.index(n)] for n in names}
 
 
+class Routed(OneTrunk):
+    """An expert for rare samples, of which a rank may have none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expert = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, y: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        both, rare = torch.cat([x, y], 1), y[:, :1] > 1
+        outputs = self.trunk(both)
+        if rare.any():
+            outputs = torch.where(rare, self.expert(both), outputs)
+        return {n: outputs[:, NAMES.index(n)] for n in names}
+
+
 class Assorted(nn.Module):
     """Parameters of all sorts: complex, one number, frozen, unused, not in the usual order."""
 
@@ -84,6 +99,7 @@ class Assorted(nn.Module):
 NETS: dict[str, Callable[[], nn.Module]] = {
     "towers": Towers,
     "one trunk": OneTrunk,
+    "routed": Routed,
     "assorted": Assorted,
     "batch norm": lambda: Towers(nn.BatchNorm1d),
 }

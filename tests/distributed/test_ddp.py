@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,24 +131,29 @@ def test_leaves_outside_the_optimizer(ranks, how: str, reduction: str) -> None:
     assert not same(results[0][2], results[1][2])
 
 
-def buffers_after(how: str, missing: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """At the start, and of a forward in evaluation after three steps of closures."""
-    case = Case(net="batch norm", given="closures", missing=missing, how=how)
-    net, opt, case, rank, world = start(case)
-    first = {name: buffer.clone() for name, buffer in net.named_buffers()}
+def buffers_seen(missing: str) -> list[list[Tensor]]:
+    """In each of three backwards before its first forward, and of a forward in evaluation."""
+    net, opt, case, rank, world = start(Case(net="batch norm", given="closures", missing=missing))
+    seen: list[list[Tensor]] = []
+
+    def first(given: Callable[[], Tensor | None] | None) -> Tensor | None:
+        seen.append([buffer.clone() for buffer in net.buffers()])
+        return given() if given is not None else None
+
     for step in range(3):
-        opt.step(case.losses(net, step, 0, rank, world))
+        losses = case.losses(net, step, 0, rank, world)
+        opt.step(losses | {"a": partial(first, losses["a"])})
     net.eval()
     net(*case.samples(3, 0, rank, world), NAMES)
-    return first, dict(net.named_buffers())
+    return [*seen, list(net.buffers())]
 
 
 @pytest.mark.parametrize("missing", ["nowhere", "one rank"])
 def test_buffers_are_those_of_the_first_rank(ranks, missing: str) -> None:
-    """As in DDP, though the ranks run different numbers of forwards."""
-    outcomes = ranks(2).run(buffers_after, "ddp", missing)
+    """Broadcast once per backward, though the ranks run different numbers of forwards."""
+    outcomes = ranks(2).run(buffers_seen, missing)
     assert same(outcomes[0], outcomes[1])
-    assert not same(*outcomes[0])
+    assert not same(*outcomes[0][:2])
 
 
 def other_buffers(told: bool) -> list[Tensor]:

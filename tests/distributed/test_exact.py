@@ -23,6 +23,7 @@ CASES = [
     *(Case(given=given, missing="all", **SHORT) for given in ("joint", "closures")),
     Case(net="one trunk", missing="all but one", **SHORT),
     Case(net="assorted", missing="one rank"),
+    *(Case(net="routed", given=given, missing="one rank") for given in ("joint", "closures")),
     *(Case(given=given, micro=3, **SHORT) for given in GIVEN),
     *(
         Case(given=given, micro=3, missing=missing, **SHORT)
@@ -43,6 +44,8 @@ CASES = [
     *(Case(given=given, options=PARTIAL, **SHORT) for given in GIVEN),
     Case(micro=3, options={**PARTIAL, "reduction": "released"}, **SHORT),
     Case(net="one trunk", missing="one rank", options=PARTIAL, **SHORT),
+    Case(net="one trunk", missing="all", options=PARTIAL, **SHORT),
+    Case(net="routed", options={**PARTIAL, "reduction": "released"}, **SHORT),
     Case(given="closures", missing="all but one", options=PARTIAL),
     Case(clip=0.3, missing="one rank", **SHORT),
     # Rounding of 1e-7 and 2^-9, twenty times over.
