@@ -157,10 +157,15 @@ def weighted_backward(
     _refuse_sparse(gradients, "a loss")
     if reduction != "released":
         return jacobian.averaged(gradients)
-    reached = functools.partial(found.reached_by_all, surely=True)
-    missed = jacobian.missed(reached)
+    reached: list[set[Tensor]] = []  # by all micro-batches of each loss
+    stop = 0
+    for name in jacobian.names:
+        start, stop = stop, stop + len(graphs.get(name, ()))
+        bits = (1 << stop) - (1 << start)
+        reached.append({p for p, some in found.leaves.items() if bits and some & bits == bits})
+    everywhere = jacobian.everywhere(reached)
     return {
-        leaf: gradient / m if leaf not in missed and reached(leaf) else gradient
+        leaf: gradient / m if leaf in everywhere else gradient
         for leaf, gradient in jacobian.averaged(gradients).items()
     }
 

@@ -389,11 +389,15 @@ class ShardedJacobian:
         self._following = following
         return mine.new_tensor(weights)
 
-    def missed(self, reached: Callable[[Tensor], bool]) -> set[Tensor]:
-        """As :meth:`Jacobian.missed`, on any rank."""
-        message = [0.0, *(float(not reached(leaf)) for leaf in self._stand_ins)]
-        _, _, *misses = self._ranks.sum(None, message)
-        return {leaf for leaf, n in zip(self._stand_ins, misses, strict=True) if n > 0}
+    def everywhere(self, reached: Sequence[set[Tensor]]) -> set[Tensor]:
+        """As :meth:`Jacobian.everywhere`, each on some rank."""
+        common = set(self._stand_ins)
+        for some in reached:
+            _, _, *counts = self._ranks.sum(
+                None, [0.0, *(float(p in some) for p in self._stand_ins)]
+            )
+            common &= {p for p, n in zip(self._stand_ins, counts, strict=True) if n > 0}
+        return common
 
     def averaged(self, gradients: Gradients) -> dict[Tensor, Tensor]:
         """Gradients of one backward on each rank -> their mean over ranks, by leaf."""

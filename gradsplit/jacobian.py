@@ -230,9 +230,9 @@ class Jacobian:
         """(m,): the rule's."""
         return rule(gramian)
 
-    def missed(self, reached: Callable[[Tensor], bool]) -> Collection[Tensor]:
-        """Leaves that are not ``reached``, beside those that this process sees itself."""
-        return ()
+    def everywhere(self, reached: Sequence[set[Tensor]]) -> set[Tensor]:
+        """The leaves that every loss has ``reached``."""
+        return set.intersection(*reached)
 
     def averaged(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         """As they are: there is one process."""
