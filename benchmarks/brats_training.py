@@ -50,7 +50,8 @@ __all__ = [
     "paper",
     "quick",
     "released",
-    "segmentation_loss",
+    "loss_of",
+    "loss_sums",
 ]
 
 Combination = tuple[str, ...]
@@ -254,19 +255,15 @@ def model_config(config: Config, regions: Sequence[str]) -> UNet3dConfig:
     )
 
 
-def segmentation_loss(kind: str, logits: Tensor, label: Tensor) -> Tensor:
-    """Scalar loss of (B, R, D, H, W) logits and {0, 1} labels, computed in float32.
-
-    ``"dice"``: soft Dice with smooth 1, voxels of the whole batch pooled per region, the mean over
-    regions. ``"dice+bce"``: that plus the binary cross entropy of all voxels.
-    """
-    return loss_of(loss_sums(kind, logits, label))
-
-
 def loss_sums(kind: str, logits: Tensor, label: Tensor) -> Tensor:
-    """What :func:`segmentation_loss` is made of, (2 + 2 R,): sums over samples and voxels.
+    """What the loss is made of, (2 + 2 R,), float32: sums over samples and voxels.
 
     Cross entropy and the number of voxels; the overlap of each region; its two volumes.
+
+    Args:
+        kind: ``"dice"``, or ``"dice+bce"``, without which the cross entropy is zero.
+        logits: (B, R, D, H, W).
+        label: the same, of 0 and 1.
     """
     logits, target = logits.float(), label.float()
     probability, axes = logits.sigmoid(), (0, 2, 3, 4)
@@ -280,7 +277,11 @@ def loss_sums(kind: str, logits: Tensor, label: Tensor) -> Tensor:
 
 
 def loss_of(sums: Tensor) -> Tensor:
-    """The loss, from :func:`loss_sums` of a batch or from those of its parts, added up."""
+    """The loss, from :func:`loss_sums` of a batch or from those of its parts, added up.
+
+    Soft Dice with smooth 1, voxels of the whole batch pooled per region, the mean over regions;
+    plus the mean cross entropy of all voxels.
+    """
     entropy, voxels = sums[:2]
     overlap, volumes = sums[2:].chunk(2)
     dice: Tensor = 1 - (2 * overlap + 1) / (volumes + 1)  # (R,)

@@ -26,12 +26,6 @@ except ImportError:  # torch 2.4
 
 __all__ = ["RankError", "Ranks", "ShardedJacobian", "ranks_of"]
 
-_HOW = (
-    "write ModalityDecoupledOptimizer(base, module=model) with the DistributedDataParallel model "
-    "(or opt.module = model, once it is wrapped), or process_group=torch.distributed.group.WORLD "
-    "where there is no DDP"
-)
-
 
 class RankError(RuntimeError):
     """Raised on every rank at once: nobody waits for it to be told."""
@@ -243,9 +237,11 @@ def ranks_of(
             return None
         of = "its module holds no DistributedDataParallel" if module is not None else "no module"
         raise RuntimeError(
-            f"there are {world} ranks, and this optimizer has {of} and no "
-            f"process_group, so that ranks would drift apart: {_HOW}. (Ranks that train models "
-            "of their own give a group of one rank.)"
+            f"there are {world} ranks, and this optimizer has {of} and no process_group, so that "
+            "ranks would drift apart: write ModalityDecoupledOptimizer(base, module=model) with "
+            "the DistributedDataParallel model (or opt.module = model, once it is wrapped), or "
+            "process_group=torch.distributed.group.WORLD where there is no DDP. (Ranks that train "
+            "models of their own give a group of one rank.)"
         )
     if dist.get_rank(group) < 0:
         raise ValueError("process_group: this rank is not in it")
@@ -451,10 +447,10 @@ class ShardedJacobian:
             stand_ins = [self._stand_ins[leaf] for leaf in leaves]
             lines = lines.to(stand_ins[0].dtype)
             line = lines.new_empty(lines.shape[1])
-            scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+            new = hasattr(dist, "reduce_scatter_single")  # torch deprecates the other
+            scatter = dist.reduce_scatter_single if new else dist.reduce_scatter_tensor
             work = scatter(line, lines.view(-1), group=self._ranks.group, async_op=True)
-            lengths = [-(-len(f) // self._ranks.size) for f in flat]
-            transit.works.append((work, line, lines, lengths, stand_ins))
+            transit.works.append((work, line, lines, self._lengths(leaves), stand_ins))
         return transit
 
     def _whole(self, parts: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
@@ -477,12 +473,13 @@ class ShardedJacobian:
                 groups[leaf.device, leaf.dtype].append(leaf)
         for leaves in groups.values():
             mine = [parts[self._stand_ins[leaf]] for leaf in leaves]
-            lengths = [-(-math.prod(in_memory(leaf)[0]) // self._ranks.size) for leaf in leaves]
+            lengths = self._lengths(leaves)
             line = mine[0].new_zeros(sum(lengths))
             for piece, part in zip(line.split(lengths), mine, strict=True):
                 piece[: len(part)] = part
             lines = line.new_empty(self._ranks.size * len(line))
-            gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+            new = hasattr(dist, "all_gather_single")
+            gather = dist.all_gather_single if new else dist.all_gather_into_tensor
             gather(lines, line, group=self._ranks.group)
             for leaf, columns in zip(
                 leaves, lines.view(-1, len(line)).split(lengths, 1), strict=True
@@ -490,6 +487,9 @@ class ShardedJacobian:
                 whole = columns.contiguous().as_strided(*in_memory(leaf))
                 found[leaf] = torch.view_as_complex(whole) if leaf.is_complex() else whole
         return found
+
+    def _lengths(self, leaves: Iterable[Tensor]) -> list[int]:
+        return [_length(leaf, self._ranks.size) for leaf in leaves]
 
     def _local(self, leaf: Tensor, gradient: Tensor) -> Tensor:
         """What this rank holds of a gradient: of a DTensor, its part of the parameter."""
@@ -534,8 +534,13 @@ def _stand_in(leaf: Tensor, ranks: Ranks) -> Tensor:
         local: Tensor = leaf.to_local().detach()
         return local
     flat = _flat(leaf, leaf.detach())
-    length = -(-len(flat) // ranks.size)
+    length = _length(leaf, ranks.size)
     return flat[ranks.rank * length : (ranks.rank + 1) * length]
+
+
+def _length(leaf: Tensor, ranks: int) -> int:
+    """How much of a plain leaf each rank has, in reals; the last ones have less."""
+    return -(-math.prod(in_memory(leaf)[0]) // ranks)
 
 
 def _flat(leaf: Tensor, gradient: Tensor | None) -> Tensor:

@@ -341,7 +341,7 @@ class ModalityDecoupledOptimizer(Optimizer):
         def decouple(scaled: Any) -> None:
             self.backward(scaled if keyed else list(scaled.values()))
 
-        with ranks.told() if ranks is not None else contextlib.nullcontext():
+        with _telling(ranks):
             entries = read_losses(losses, needs_grad=torch.is_grad_enabled())
             empty = None if ranks is None else torch.zeros((), device=ranks.device)
             return joint_loss(entries, self._options.reduction, decouple, empty)
@@ -387,7 +387,7 @@ class ModalityDecoupledOptimizer(Optimizer):
             self._warn_of_plain_steps()
             return result
         ranks = self._found_ranks()
-        with ranks.told() if ranks is not None else contextlib.nullcontext():
+        with _telling(ranks):
             self._refuse_pending()
         _, taken = self._decouple(closure, replace=True)
         self._base.step()
@@ -499,20 +499,15 @@ class ModalityDecoupledOptimizer(Optimizer):
         self, losses: Losses, last: bool, ranks: "Ranks | None"
     ) -> tuple[list[Entry], _Window]:
         """What was handed over, and the window it goes into; all ranks agree on both, or raise."""
-        with ranks.told() if ranks is not None else contextlib.nullcontext():
+        with _telling(ranks):
             if ranks is not None:
                 ranks.check()
             earlier_names = self._windows[0].jacobian.names if self._windows else ()
             entries = read_losses(losses, earlier=earlier_names)
             window = self._window(isinstance(losses, Mapping), last, ranks)
         if ranks is not None:
-            call = "backward" if last else "accumulate"
             closures = any(callable(entry.loss) for entry in entries)
-            said = self._said(entries, window, call)
-            said["what requires grad"] = [leaf.requires_grad for leaf in ranks.leaves]
-            if ranks.sharded:  # or torch's own collectives would wait for each other
-                said["available losses"] = [e.name for e in entries if e.loss is not None]
-            ranks.agree(said, closures)
+            ranks.agree(self._said(entries, window, last, ranks), closures)
         return entries, window
 
     def _take(self, entries: list[Entry], window: _Window) -> dict[str, Tensor | None]:
@@ -531,10 +526,8 @@ class ModalityDecoupledOptimizer(Optimizer):
     def _window(self, keyed: bool, last: bool, ranks: "Ranks | None") -> _Window:
         """The one with pending rows, or a new one."""
         if not self._windows:
-            partial, reduction = (
-                self._options.conflict_parameters is not None,
-                self._options.reduction,
-            )
+            reduction = self._options.reduction
+            partial = self._options.conflict_parameters is not None
             shared = self._options.scope == "shared" and not partial
             # Over ranks each loss arrives once.
             single = last or ranks is not None
@@ -650,7 +643,9 @@ class ModalityDecoupledOptimizer(Optimizer):
             self._ranks[:] = [ranks_of(parameters, self.module, self._process_group)]
         return self._ranks[0]
 
-    def _said(self, entries: Sequence[Entry], window: _Window, call: str) -> dict[str, Any]:
+    def _said(
+        self, entries: Sequence[Entry], window: _Window, last: bool, ranks: "Ranks"
+    ) -> dict[str, Any]:
         """What must be the same on all ranks."""
         places = {p: place for place, p in enumerate(_parameters(self._base))}
 
@@ -659,14 +654,18 @@ class ModalityDecoupledOptimizer(Optimizer):
                 return [places[p] for p in option]
             return getattr(option, "__qualname__", type(option)) if callable(option) else option
 
-        return {
+        said = {
             "losses": [entry.name for entry in entries],
-            "call": call,
+            "call": "backward" if last else "accumulate",
             "names accumulated before": list(window.seen),
             "options": {name: plain(option) for name, option in vars(self._options).items()},
             "seed and number of merges": (self._counter(_SEED), self._counter(_MERGES)),
             "parameters": [(tuple(p.shape), str(p.dtype)) for p in places],
+            "what requires grad": [leaf.requires_grad for leaf in ranks.leaves],
         }
+        if ranks.sharded:  # or torch's own collectives would wait for each other
+            said["available losses"] = [e.name for e in entries if e.loss is not None]
+        return said
 
     # -- the contract of torch.optim -----------------------------------------------------------
 
@@ -801,6 +800,11 @@ class ModalityDecoupledOptimizer(Optimizer):
                 "from accumulate(); call backward() first to keep them",
                 stacklevel=3,
             )
+
+
+def _telling(ranks: "Ranks | None") -> contextlib.AbstractContextManager[None]:
+    """Where this process fails inside ``with``, other ranks get to know."""
+    return contextlib.nullcontext() if ranks is None else ranks.told()
 
 
 def _scheduled_step(self: ModalityDecoupledOptimizer, *args: Any, **kwargs: Any) -> Any:

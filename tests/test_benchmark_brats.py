@@ -41,12 +41,13 @@ from benchmarks.brats_training import (
     Training,
     case_logits,
     load_model,
+    loss_of,
+    loss_sums,
     mean_of,
     model_file,
     paper,
     quick,
     released,
-    segmentation_loss,
 )
 from benchmarks.brats_volumes import make_dataset, training_batches
 from benchmarks.checkpoint import load_checkpoint, save_checkpoint
@@ -298,6 +299,10 @@ def dice_by_hand(logits: np.ndarray[Any, Any], label: np.ndarray[Any, Any]) -> f
     axes = (0, 2, 3, 4)
     dice = (2 * (p * label).sum(axes) + 1) / (p.sum(axes) + label.sum(axes) + 1)
     return float((1 - dice).mean())
+
+
+def segmentation_loss(kind: str, logits: Tensor, label: Tensor) -> Tensor:
+    return loss_of(loss_sums(kind, logits, label))
 
 
 def test_dice_loss_of_certain_predictions() -> None:

@@ -192,6 +192,24 @@ def copies() -> tuple[bool, list[str], list[bool]]:
     return opt.module is net, errors, equal
 
 
+def drawn(gramian: Tensor) -> Tensor:
+    return 1 + torch.rand(len(gramian), dtype=gramian.dtype)
+
+
+def backward_by_lot() -> tuple[Tensor, Row]:
+    net, opt, case, rank, world = start(Case(options={"rule": drawn}))
+    torch.manual_seed(rank)
+    weights = opt.backward(case.losses(net, 0, 0, rank, world)).weights
+    return weights, [whole(g) for g in grads(net)]
+
+
+def test_a_rule_that_draws_at_random_is_that_of_the_first_rank(ranks) -> None:
+    first, second = ranks(2).run(backward_by_lot)
+    torch.manual_seed(0)
+    torch.testing.assert_close(first[0], drawn(torch.eye(3, dtype=torch.float64)))
+    assert same(first, second)
+
+
 def test_copies_leave_the_module_behind(ranks) -> None:
     """They say so when they are used, and go on once they are told of one."""
     for kept, errors, equal in ranks(2).run(copies):

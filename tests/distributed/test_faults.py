@@ -101,6 +101,9 @@ MISMATCHES = {
 }
 ERRORS = {
     "a loss": Fault(("scalar",), lambda losses: losses | {"b": NOT_SCALAR}, own="ValueError"),
+    "a loss in joint": Fault(
+        ("scalar",), lambda losses: losses | {"b": NOT_SCALAR}, own="ValueError", call="joint"
+    ),
     "no losses": Fault(("empty",), lambda losses: {}, own="ValueError"),
     "no mapping": Fault(("mapping",), lambda losses: 3, own="TypeError"),
     "a leaf elsewhere": Fault(
