@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,39 @@ def copies() -> tuple[bool, list[str], list[bool]]:
     opt.step(case.losses(net, 1, 0, rank, world))
     equal = [same(report_of(opt), report_of(copied)) for copied in equal]
     return opt.module is net, errors, equal
+
+
+def backward_without_a_forward() -> Row:
+    """On the first rank, right after a plain step, when DDP is about to rebuild its buckets."""
+    net, opt, case, *here = start(Case(given="closures", missing="all"))
+    plain = replace(case, given="one forward", missing="nowhere")
+    torch.stack(list(plain.losses(net, 0, 0, *here).values())).mean().backward()
+    opt.zero_grad()
+    opt.backward(case.losses(net, 0, 0, *here))
+    return [whole(g) for g in grads(net.module)]
+
+
+def test_ddp_rebuilds_its_buckets_on_all_ranks_at_once(ranks) -> None:
+    first, second = ranks(2).run(backward_without_a_forward)
+    assert same(first, second)
+
+
+def in_a_window() -> list[Tensor]:
+    """``q`` is reached in the first micro-batch only: private, though every loss reaches it."""
+    p, q = (torch.ones(2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    told = {"process_group": dist.group.WORLD} if dist.is_initialized() else {}
+    opt = ModalityDecoupledOptimizer(torch.optim.SGD([p, q], lr=0.1), **told)
+    x = torch.tensor([1.0, 0.5], dtype=torch.float64)
+    opt.accumulate({"a": (p + q) @ x, "b": -((p + 2 * q) @ x).exp()})
+    weights = opt.backward({"a": p @ x, "b": -(p @ x).exp()}).weights
+    return [p.grad, q.grad, weights]
+
+
+def test_what_a_micro_batch_misses_is_private_on_all_ranks(ranks) -> None:
+    expected = in_a_window()
+    assert (expected[-1] > 1).all(), "no conflicts: this shows nothing"
+    for found in ranks(2).run(in_a_window):
+        torch.testing.assert_close(found, expected)
 
 
 def drawn(gramian: Tensor) -> Tensor:

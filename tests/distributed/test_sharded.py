@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from tests.distributed.cases import SHARDED, Case, assert_exact, error_of, start, train
+from gradsplit import ModalityDecoupledOptimizer
+from tests.distributed.cases import SHARDED, Case, assert_exact, error_of, start, train, whole
 from tests.reference import same
 
 pytestmark = pytest.mark.usefixtures("sharding")
@@ -75,16 +77,49 @@ def test_settings_that_take_gradients_away_are_refused(ranks, setting: str, wher
         assert setting in error or setting.removeprefix("set_") in error
 
 
+def replicated(parallel: bool) -> list[Tensor]:
+    """A parameter that two ranks hold, each with its part of the batch: its gradient is Partial."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    torch.manual_seed(0)
+    weight, x = torch.randn(5, 2, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
+    if parallel:
+        mesh = init_device_mesh("cpu", (2,))
+        weight = distribute_tensor(weight, mesh, [Replicate()])
+        x = distribute_tensor(x, mesh, [Shard(0)])
+    p = torch.nn.Parameter(weight)
+    opt = ModalityDecoupledOptimizer(torch.optim.SGD([p], lr=0.1))
+    output = (x @ p).mean(0)
+    output = output.full_tensor() if parallel else output
+    report = opt.backward([(output[0] - 3).square(), (output.sum() + 5).square()])
+    return [whole(p.grad), report.gramian, report.weights]
+
+
+def test_partial_gradients_are_summed(ranks, sharding) -> None:
+    for found in ranks(2).run(replicated, True):
+        for mine, expected in zip(found, replicated(False), strict=True):
+            torch.testing.assert_close(mine, expected)
+
+
 def suffer(fault: str) -> tuple[str, str]:
     """One rank hands over something else; then comes a good step."""
-    net, opt, case, rank, world = start(Case(how="flat"))
+    closures = fault == "closure"
+    kind = "closures" if closures else "one forward"
+    net, opt, case, rank, world = start(Case(how="flat", given=kind))
     losses = given = case.losses(net, 0, 0, rank, world)
+
+    def fails() -> None:
+        losses["b"]()
+        raise ValueError("no data on rank 1")
+
     if rank == 1:
         given = {
             "order": dict(reversed(losses.items())),
             "names": {name.replace("b", "c"): loss for name, loss in losses.items()},
             "unavailable": losses | {"b": None},
             "not a loss": losses | {"b": torch.ones(3)},
+            "closure": losses | {"b": fails},
         }[fault]
     sharded = opt.param_groups[0]["params"]  # the model's are whole between forward and backward
     before = [p.to_local().clone() for p in sharded]
@@ -94,9 +129,12 @@ def suffer(fault: str) -> tuple[str, str]:
     return error, error_of(lambda: opt.step(case.losses(net, 1, 0, rank, world)))
 
 
-@pytest.mark.parametrize("fault", ["order", "names", "unavailable", "not a loss"])
+@pytest.mark.parametrize("fault", ["order", "names", "unavailable", "not a loss", "closure"])
 def test_a_fault_on_one_rank_is_told_on_all(ranks, fault: str) -> None:
-    """A loss that some ranks lack too: FSDP itself would wait for ever."""
+    """Where FSDP itself would wait for ever, in the forward or backward of a loss.
+
+    (A closure that fails before its forward leaves the others in theirs.)
+    """
     for error, afterwards in ranks(2).run(suffer, fault):
         assert error and ("rank 1" in error or "must be a scalar" in error)
         assert not afterwards
