@@ -112,8 +112,9 @@ class Ranks:
         """DDP averages nothing and broadcasts nothing inside ``with``."""
         before = [(d.require_backward_grad_sync, d.require_forward_param_sync) for d in self._ddps]
         for ddp in self._ddps:
-            ddp.reducer._rebuild_buckets()  # a collective of the next forward: not every rank's
-            ddp.reducer._reset_state()  # a forward has armed it for one backward
+            # A forward has armed it for one backward, and a plain backward for a collective in the
+            # next forward, which not every rank may run.
+            ddp.reducer._reset_state()
             ddp.require_backward_grad_sync = ddp.require_forward_param_sync = False
         try:
             yield

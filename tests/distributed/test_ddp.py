@@ -203,7 +203,7 @@ def backward_without_a_forward() -> Row:
     return [whole(g) for g in grads(net.module)]
 
 
-def test_ddp_rebuilds_its_buckets_on_all_ranks_at_once(ranks) -> None:
+def test_ddp_rebuilds_no_buckets_in_a_closure(ranks) -> None:
     first, second = ranks(2).run(backward_without_a_forward)
     assert same(first, second)
 
