@@ -1486,10 +1486,11 @@ def test_the_same_command_gives_the_same_numbers(
 @pytest.mark.parametrize(
     ("owner", "name", "calls", "kept"),
     [
-        (Training, "step", 1, (0, None)),
+        pytest.param(Training, "step", 1, (0, None), marks=pytest.mark.slow),
         (Training, "step", 3, (0, 1)),
-        (Training, "step", 6, (1, 1)),
-        (Training, "save_models", 1, (0, None)),  # of the last epoch, before or after it is kept
+        pytest.param(Training, "step", 6, (1, 1), marks=pytest.mark.slow),
+        # Of the last epoch, before or after it is kept.
+        pytest.param(Training, "save_models", 1, (0, None), marks=pytest.mark.slow),
         (brats_training, "case_scores", 7, (0, 2)),
         (brats, "write_report", 0, (2, None)),
     ],

@@ -495,7 +495,9 @@ def uninterrupted(file: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
     return outcome(out)
 
 
-@pytest.mark.parametrize("steps", [0, 1, 4, 6, 7, 17, 28, 35])
+@pytest.mark.parametrize(
+    "steps", [7, 17, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 1, 4, 6, 28, 35))]
+)
 def test_a_run_cut_off_anywhere_continues_exactly(
     tmp_path: Path,
     file: Path,
@@ -555,7 +557,7 @@ def test_resuming_with_other_data_is_refused(
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGINT is sent as on POSIX")
 def test_ctrl_c_prints_the_command_that_continues_exactly(tmp_path: Path, file: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.sentiment", "--data", str(file), *SMALL,
-               "--methods", "sum,gmd", "--seeds", "1", "--epochs", "20"]  # fmt: skip
+               "--methods", "sum,gmd", "--seeds", "1", "--epochs", "10"]  # fmt: skip
 
     def start(*arguments: str) -> subprocess.Popen[str]:
         # A test run in the background has SIGINT ignored, and would pass that on.
