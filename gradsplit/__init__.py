@@ -4,6 +4,7 @@
 """
 
 from gradsplit import rules, sharing
+from gradsplit.balance import LossBalance
 from gradsplit.combinations import CombinationSampler, modality_combinations
 from gradsplit.decoupling import Decoupling
 from gradsplit.optimizer import ModalityDecoupledOptimizer
@@ -12,6 +13,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CombinationSampler",
     "Decoupling",
+    "LossBalance",
     "ModalityDecoupledOptimizer",
     "modality_combinations",
     "rules",

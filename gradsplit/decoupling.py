@@ -17,8 +17,8 @@ class Decoupling:
 
     Everything is derived from the Gramian K (m, m) and the weights w (m,), measured on the scope
     of the optimizer. Reading ``losses``, ``gramian``, ``weights`` and the methods that return
-    tensors does not synchronise with the host; ``conflicts``, ``conflict_rate``, ``alignment`` and
-    ``as_scalars`` do.
+    tensors does not synchronise with the host; ``conflicts``, ``conflict_rate``, ``opposed``,
+    ``alignment`` and ``as_scalars`` do.
 
     Attributes:
         names: the m rows that were present, in the order of all (m,) and (m, m) tensors.
@@ -90,6 +90,19 @@ class Decoupling:
         """Share of the m(m-1)/2 pairs that conflict; 0.0 for one row, NaN if a row has NaN."""
         return float(self._conflict_rate())
 
+    def opposed(self) -> list[str]:
+        """Names of the losses that the plain sum of the rows moves against: sum_j K_jk < 0.
+
+        To first order a step along the plain sum raises them, measured on the scope of the
+        optimizer. A conflict alone does not make a loss opposed: the others must outweigh it.
+
+        >>> K = torch.tensor([[9.0, -2.0], [-2.0, 1.0]])
+        >>> Decoupling(("text", "audio"), (), torch.ones(2), K, torch.ones(2)).opposed()
+        ['audio']
+        """
+        opposed = self._opposed().tolist()
+        return [name for name, against in zip(self.names, opposed, strict=True) if against > 0]
+
     def alignment(self) -> float:
         """Cosine between the merged gradient and the plain sum of the rows, over the scope.
 
@@ -105,9 +118,9 @@ class Decoupling:
         With ``GradScaler``, losses and norms are those of the scaled losses; all else is a ratio.
 
         Per row: ``loss/NAME``, ``norm/NAME``, ``share/NAME``, ``weight/NAME``. Over all pairs:
-        ``conflict_rate``, ``cosine_min``, ``dominance_max``, ``alignment``. In a NAME, what some
-        loggers refuse ("+" of a combination) becomes "-"; names that become one by that are
-        numbered.
+        ``conflict_rate``, ``cosine_min``, ``dominance_max``, ``alignment``. Over all rows:
+        ``opposed_rate``, the share of losses that are opposed. In a NAME, what some loggers refuse
+        ("+" of a combination) becomes "-"; names that become one by that are numbered.
         """
         per_row = {
             "loss": self.losses,
@@ -126,8 +139,13 @@ class Decoupling:
             itself = torch.eye(len(self.names), dtype=torch.bool, device=pairs.device)
             dominance = torch.where(itself, 0.0, self.dominance())
             tensors += [pairs.min().reshape(1).double(), dominance.max().reshape(1).double()]
-        keys += [f"{prefix}conflict_rate", f"{prefix}alignment"]
-        tensors += [self._conflict_rate().reshape(1), self._alignment().reshape(1)]
+        over_all = {
+            "conflict_rate": self._conflict_rate(),
+            "opposed_rate": self._opposed().mean(),
+            "alignment": self._alignment(),
+        }
+        keys += [prefix + key for key in over_all]
+        tensors += [value.reshape(1) for value in over_all.values()]
         return dict(zip(keys, torch.cat(tensors).tolist(), strict=True))  # the one transfer
 
     def __str__(self) -> str:
@@ -184,19 +202,10 @@ class Decoupling:
             return "no pair conflicts: decoupling changes nothing in this step"
         left = bool((self.weights == 1).all())
         result = "the weights leave it so" if left else f"alignment {self.alignment():.2f}"
-        # To first order the plain sum changes loss k by -sum_j K_jk, in units of K_kk.
-        change = self.gramian.sum(0) / _nonzero(self.gramian.diagonal())
-        k = int(change.argmin())
-        if change[k] >= 0.0:
+        opposed = self.opposed()
+        if not opposed:
             return f"the plain sum lowers every loss all the same: {result}"
-        dominance = torch.where(conflicts, self.dominance(), 0.0)[:, k]
-        j = int(dominance.argmax())
-        if dominance[j] <= 1.0:
-            return f"the others together push {self.names[k]} backwards: {result}"
-        return (
-            f"{self.names[j]} dominates {self.names[k]} ({dominance[j]:.1f} times) and pushes it "
-            f"backwards: {result}"
-        )
+        return f"the plain sum raises {', '.join(opposed)} (opposed): {result}"
 
     def _alignment(self) -> Tensor:
         gramian, weights = self.gramian.double(), self.weights.double()
@@ -207,6 +216,11 @@ class Decoupling:
         scale = plain_square.clamp(min=0.0).sqrt() * merged_square.clamp(min=0.0).sqrt()
         cosine = (inner / _nonzero(scale)).clamp(-1.0, 1.0)
         return torch.where((weights == 1).all(), 1.0, cosine)
+
+    def _opposed(self) -> Tensor:
+        """(m,): 1.0 where the plain sum raises the loss; NaN where that cannot be said."""
+        inner = self.gramian.double().sum(0)  # <g_k, sum_j g_j>
+        return torch.where(inner.isnan(), inner, (inner < 0).double())
 
     def _conflict_rate(self) -> Tensor:
         pairs = self._pairs(self.gramian).double()
