@@ -25,9 +25,10 @@ class LossBalance:
     A loss that comes later is measured ``steps`` times at weight 1 and then gets the weight of the
     same c. Losses without gradient keep 1.
 
-    It helps where a loss dominates by its scale and opposes others (``report.opposed()``): two tasks
-    in raw units. Where the dominant loss helps the others, or unstandardised inputs meet Adam, it
-    costs accuracy. Standardising the targets does as much. Compare on a validation split.
+    It helps where a loss dominates by its scale and opposes others (``report.opposed()``): two
+    tasks in raw units. Where the dominant loss helps the others, or where unstandardised inputs
+    meet Adam, it costs accuracy. Standardising the targets does as much. Compare on a validation
+    split.
 
     ``balance(losses)`` weighs what :meth:`ModalityDecoupledOptimizer.backward`, ``accumulate``,
     ``step`` or ``joint`` take, and ``balance.update(report)`` measures, once per report; all ranks
