@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.methods import RULES
+from benchmarks.methods import METHODS
 
 __all__ = [
     "absolute",
@@ -16,6 +16,7 @@ __all__ = [
     "methods",
     "positive_float",
     "positive_int",
+    "rates_of",
     "whole",
 ]
 
@@ -26,12 +27,12 @@ def absolute(text: str) -> str:
 
 
 def methods(text: str) -> tuple[str, ...]:
-    """Comma-separated, of RULES, each once."""
+    """Comma-separated, of METHODS, each once."""
     names = tuple(text.split(","))
     for name in names:
-        if name not in RULES:
+        if name not in METHODS:
             raise argparse.ArgumentTypeError(
-                f"unknown method {name!r} (choose from {', '.join(RULES)})"
+                f"unknown method {name!r} (choose from {', '.join(METHODS)})"
             )
     if len(set(names)) < len(names):
         raise argparse.ArgumentTypeError(f"{text!r} names a method twice")
@@ -48,6 +49,23 @@ def combinations_of(modalities: Sequence[str]) -> Callable[[str], str]:
                 f"{text!r} (choose from all, singles, k=1 to k={count})"
             )
         return text
+
+    return check
+
+
+def rates_of(modalities: Sequence[str]) -> Callable[[str], dict[str, float]]:
+    """How often each modality is missing: ``NAME=RATE,...``; 0 where it is not named."""
+
+    def check(text: str) -> dict[str, float]:
+        rates: dict[str, float] = {}
+        for part in text.split(","):
+            name, _, rate = part.partition("=")
+            if name not in modalities or name in rates:
+                raise argparse.ArgumentTypeError(
+                    f"{text!r}: expected NAME=RATE once for some of {', '.join(modalities)}"
+                )
+            rates[name] = fraction(rate)
+        return rates
 
     return check
 

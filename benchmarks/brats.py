@@ -85,7 +85,7 @@ from benchmarks.brats_training import (
     model_file,
 )
 from benchmarks.brats_volumes import CACHES, NORMALISATIONS, make_dataset, training_batches
-from benchmarks.methods import RULES
+from benchmarks.methods import METHODS
 from benchmarks.session import Diverged, Session, check_digest
 from reference_models.unet3d import DynamicSharingUNet3d
 
@@ -185,7 +185,7 @@ def _run(session: Session, config: Config, prepared: Prepared, predict: Path | N
         session.save()  # from here on a kill loses at most an epoch
         session.train(
             # Every method for a seed, then the next seed: what is there early can be compared.
-            [(method, seed) for seed in range(config.seeds) for method in config.methods],
+            [(method, seed) for seed in config.all_seeds for method in config.methods],
             lambda method, seed: Training(config, prepared, method, seed),
             epochs=config.epochs,
             epoch_length=len(splits["train"]),
@@ -246,7 +246,7 @@ def _line_of(result: Mapping[str, Any]) -> str:
 
 def _predict(folder: Path, config: Config, prepared: Prepared, out: Path) -> None:
     """Segment the test cases, each from all modalities it has, with every training's best model."""
-    trainings = [(method, seed) for method in config.methods for seed in range(config.seeds)]
+    trainings = [(method, seed) for method in config.methods for seed in config.all_seeds]
     cases = prepared.split["test"]
 
     def segment(model: DynamicSharingUNet3d, below: Path, index: int) -> None:
@@ -495,11 +495,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--fold", whole, "the one that is tested; the next one validates", metavar="N")
     add("--cache", str, "where normalised volumes are kept", choices=list(CACHES))
     add("--cache-folder", absolute, "for phantoms and --cache disk", metavar="FOLDER")
-    add("--methods", methods, f"comma-separated, of {', '.join(RULES)}", metavar="LIST")
+    add("--methods", methods, f"comma-separated, of {', '.join(METHODS)}", metavar="LIST")
     add("--combinations", combinations_of(MODALITIES), "trained on: all, singles, or k=N per step")
     add("--scope", str, "where conflicts are measured and removed", choices=["shared", "all"])
     add("--reduction", str, "of the losses", choices=["mean", "sum", "released"])
-    add("--seeds", positive_int, "number of seeds, from 0 on", metavar="N")
+    add("--seeds", positive_int, "number of seeds", metavar="N")
+    add("--first-seed", whole, "the others follow it", metavar="N")
     add("--epochs", positive_int, "passes over train, one crop of every case", metavar="N")
     add("--batch-size", positive_int, "crops per micro-batch", metavar="N")
     add("--accumulate", positive_int, "micro-batches per step", metavar="N")

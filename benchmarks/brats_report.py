@@ -254,7 +254,7 @@ class Report:
         hyperparameters = ", ".join(
             f"{name} {value}"
             for name, value in self.config.items()
-            if name not in ("data", "methods", "seeds", "regions")
+            if name not in ("data", "methods", "seeds", "first_seed", "regions")
         )
         seconds = sum(one["result"]["seconds"] for one in self.done)
         lines = [

@@ -28,9 +28,10 @@ from benchmarks.brats_metrics import case_scores, hard_dice
 from benchmarks.brats_report import upright
 from benchmarks.brats_volumes import training_batches
 from benchmarks.checkpoint import load_checkpoint, save_checkpoint
-from benchmarks.methods import RULES, sampler_of
+from benchmarks.gradients import Merges
+from benchmarks.methods import METHODS, sampler_of
 from benchmarks.session import Diverged
-from gradsplit import ModalityDecoupledOptimizer, modality_combinations
+from gradsplit import LossBalance, ModalityDecoupledOptimizer, modality_combinations
 from reference_models.unet3d import DynamicSharingUNet3d, UNet3dConfig
 
 __all__ = [
@@ -97,6 +98,7 @@ class Config:
     scope: str = "shared"
     reduction: str = "mean"
     seeds: int = 1
+    first_seed: int = 0
     epochs: int = 36
     batch_size: int = 2
     accumulate: int = 1
@@ -116,6 +118,10 @@ class Config:
     device: str = "cpu"
     workers: int = 0
     threads: int = field(default_factory=torch.get_num_threads)
+
+    @property
+    def all_seeds(self) -> range:
+        return range(self.first_seed, self.first_seed + self.seeds)
 
 
 def quick() -> Config:
@@ -397,9 +403,7 @@ class Training:
         self.seconds = 0.0
         self.skipped = 0  # steps that the GradScaler skipped
         self.history: list[dict[str, float | None]] = []
-        self.gramians: list[Tensor] = []  # (m, m) per merge
-        self.weights: list[Tensor] = []  # (m,) per merge
-        self.trained: list[Tensor] = []  # (m,) per merge: which of NAMES the rows belong to
+        self.merges = Merges(NAMES)
         self.tested: dict[str, Any] = {}  # case -> scores, filled by finish()
         torch.manual_seed(seed)  # the same initial weights for every method
         self.model = DynamicSharingUNet3d(model_config(config, list(prepared.data.regions)))
@@ -410,8 +414,8 @@ class Training:
             OPTIMIZERS[config.optimizer](
                 self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay
             ),
-            rule=RULES[method],
-            scope=config.scope,
+            rule=METHODS[method].rule,
+            scope=METHODS[method].scope or config.scope,
             reduction=config.reduction,
             seed=seed,
             process_group=ranks.group(),
@@ -423,6 +427,7 @@ class Training:
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.sampler = sampler_of(method, config.combinations, MODALITIES, seed)
+        self.balance = LossBalance() if METHODS[method].balanced else None
         self.best_epoch = 0
         self.best_dice: float | None = None
         self.best_model: dict[str, Tensor] = {}
@@ -486,6 +491,8 @@ class Training:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         scale = self.scaler.get_scale()
+        if self.balance is not None:
+            self.balance.update(report, scale)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         mean = float(report.losses.mean()) / scale
@@ -494,9 +501,7 @@ class Training:
         if self.scaler.get_scale() < scale:  # a gradient overflowed: angles mean nothing
             self.skipped += 1
         else:
-            self.gramians.append(report.gramian.cpu() / scale**2)
-            self.weights.append(report.weights.cpu())
-            self.trained.append(torch.tensor([NAMES.index(name) for name in report.names]))
+            self.merges.add(report, scale)
         return mean
 
     def losses(
@@ -531,7 +536,9 @@ class Training:
         losses: dict[str | Combination, Tensor | None] = dict.fromkeys(combinations)
         for combination, total in zip(sums, ranks.pooled(sums.values()), strict=True):
             losses[combination] = self.scaler.scale(loss_of(total))
-        return losses
+        weighed: dict[str | Combination, Tensor | None]
+        weighed = losses if self.balance is None else self.balance(losses)
+        return weighed
 
     # -- validation and test -----------------------------------------------------------------------
 
@@ -611,25 +618,9 @@ class Training:
             "history": self.history,
             "seconds": round(self.seconds, 1),
         }
-        return {"result": result, "records": self.records(), "slices": slices}
+        return {"result": result, "records": self.merges.stacked(), "slices": slices}
 
     # -- what is kept ------------------------------------------------------------------------------
-
-    def records(self) -> dict[str, Tensor]:
-        """What every merge saw: Gramians (S, m, m), weights (S, m), combinations (S, m).
-
-        Of merges in which some combination had no sample, which may be with incomplete cases, the
-        missing rows are NaN and their combination is -1.
-        """
-        if not self.weights:  # every step was skipped
-            nothing = torch.empty(0, 0)
-            return {"gramians": nothing[..., None], "weights": nothing, "trained": nothing.long()}
-        m = max(len(row) for row in self.weights)
-        return {
-            "gramians": torch.stack([_padded(one, m, math.nan) for one in self.gramians]),
-            "weights": torch.stack([_padded(one, m, math.nan) for one in self.weights]),
-            "trained": torch.stack([_padded(one, m, -1) for one in self.trained]),
-        }
 
     def save_models(self, folder: Path) -> None:
         """Write the best and the last model, for whoever wants to use them."""
@@ -657,15 +648,14 @@ class Training:
             "seconds": self.seconds,
             "skipped": self.skipped,
             "history": self.history,
-            "gramians": self.gramians,
-            "weights": self.weights,
-            "trained": self.trained,
+            "records": self.merges.stacked(),
             "tested": self.tested,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
             "sampler": self.sampler.state_dict(),
+            "balance": None if self.balance is None else self.balance.state_dict(),
             "best": {"epoch": self.best_epoch, "dice": self.best_dice, "model": self.best_model},
             "random": ranks.each({"cpu": torch.get_rng_state(), "cuda": cuda}),
         }
@@ -675,15 +665,15 @@ class Training:
         self.seconds = state["seconds"]
         self.skipped = state["skipped"]
         self.history = state["history"]
-        self.gramians = state["gramians"]
-        self.weights = state["weights"]
-        self.trained = state["trained"]
+        self.merges.load(state["records"])
         self.tested = state["tested"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
         self.sampler.load_state_dict(state["sampler"])
+        if self.balance is not None:
+            self.balance.load_state_dict(state["balance"])
         best = state["best"]
         self.best_epoch, self.best_dice, self.best_model = (
             best["epoch"],
@@ -753,11 +743,6 @@ def _possible(batch: Sample, combinations: Sequence[Combination]) -> list[Combin
     """Those that a sample of the batch has, on whichever rank."""
     here = torch.tensor([int(_having(batch, combination).sum()) for combination in combinations])
     return list(itertools.compress(combinations, ranks.summed(here).tolist()))
-
-
-def _padded(tensor: Tensor, m: int, value: float) -> Tensor:
-    padding = [0, m - tensor.shape[0]] * tensor.dim()
-    return F.pad(tensor, padding, value=value)
 
 
 def _windows(items: Iterator[T], size: int) -> Iterator[list[T]]:

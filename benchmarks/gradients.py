@@ -16,12 +16,14 @@ import numpy.typing as npt
 import torch
 from scipy.stats import t as student_t
 from torch import Tensor
+from torch.nn.functional import pad
 
 from benchmarks import results
 from benchmarks.pictures import draw_angles, draw_curves
 from gradsplit import Decoupling
 
 __all__ = [
+    "Merges",
     "compare",
     "diagnose",
     "diagnose_all",
@@ -34,6 +36,47 @@ __all__ = [
 Array = npt.NDArray[np.float64]
 
 RECORDS = ("gramians", "weights", "trained")
+SCALARS = {"conflicts": "conflict_rate", "opposed": "opposed_rate", "alignment": "alignment"}
+
+
+# --- records -------------------------------------------------------------------------------------
+
+
+class Merges:
+    """What every merge of one training saw; ``names`` are the combinations of the benchmark."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+        self.gramians: list[Tensor] = []
+        self.weights: list[Tensor] = []
+        self.trained: list[Tensor] = []
+
+    def add(self, report: Decoupling, scale: float = 1.0) -> None:
+        """Of losses that were multiplied by ``scale``."""
+        self.gramians.append(report.gramian.cpu() / scale**2)
+        self.weights.append(report.weights.cpu())
+        self.trained.append(torch.tensor([self.names.index(name) for name in report.names]))
+
+    def stacked(self) -> dict[str, Tensor]:
+        """The record. Where a combination had no sample, its row is NaN and its number -1."""
+        if not self.weights:
+            nothing = torch.empty(0, 0)
+            return {"gramians": nothing[..., None], "weights": nothing, "trained": nothing.long()}
+        m = max(map(len, self.weights))
+        kept = {"gramians": math.nan, "weights": math.nan, "trained": -1}
+        return {
+            key: torch.stack([_filled(one, m, value) for one in getattr(self, key)])
+            for key, value in kept.items()
+        }
+
+    def load(self, record: Mapping[str, Tensor]) -> None:
+        """Continue from there."""
+        for key in RECORDS:
+            setattr(self, key, list(record[key]))
+
+
+def _filled(tensor: Tensor, m: int, value: float) -> Tensor:
+    return pad(tensor, [0, m - tensor.shape[0]] * tensor.dim(), value=value)
 
 
 # --- measures ------------------------------------------------------------------------------------
@@ -48,12 +91,12 @@ def diagnose(records: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, A
 
     Returns:
         ``pairs`` (S, m(m-1)/2) and ``merged`` (S, m) in degrees, ``shares`` (S, len(names)), and
-        ``dominance``, ``conflicts`` and ``alignment`` (S,). NaN stands for what a step had not:
-        combinations that were not drawn, and the measures of a pair where there was one row.
+        ``dominance``, ``conflicts``, ``opposed`` and ``alignment`` (S,). NaN stands for what a step
+        had not: combinations that were not drawn, and all of these four where there was one row.
     """
     size = records["weights"].shape[1]
     rows: dict[str, list[Any]] = {
-        key: [] for key in ("pairs", "merged", "shares", "dominance", "conflicts", "alignment")
+        key: [] for key in ("pairs", "merged", "shares", "dominance", *SCALARS)
     }
     for gramian, weights, trained in zip(*(records[key] for key in RECORDS), strict=True):
         there = trained >= 0
@@ -67,8 +110,8 @@ def diagnose(records: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, A
         rows["merged"].append(_padded(merged_angles(gramian, weights), size))
         rows["shares"].append(shares)
         rows["dominance"].append(scalars.get("dominance_max", math.nan))
-        rows["conflicts"].append(scalars["conflict_rate"] if len(present) > 1 else math.nan)
-        rows["alignment"].append(scalars["alignment"])
+        for key, name in SCALARS.items():
+            rows[key].append(scalars[name] if len(present) > 1 else math.nan)
     return {key: np.array(values, dtype=np.float64) for key, values in rows.items()}
 
 
@@ -114,7 +157,7 @@ def summarise_gradients(
     bins = np.arange(0, 181, 5)
     per_epoch = {
         key: [_mean_or_none(part) for part in np.array_split(seen[key], epochs)]
-        for key in ("dominance", "conflicts", "alignment")
+        for key in ("dominance", *SCALARS)
     }
     shares = {
         name: [_mean_or_none(part) for part in np.array_split(seen["shares"][:, number], epochs)]
@@ -152,6 +195,7 @@ def gradient_table(seen: Mapping[str, Mapping[str, Array]], names: Sequence[str]
             [
                 method,
                 f"{np.nanmean(arrays['conflicts']):.1%}",
+                f"{np.nanmean(arrays['opposed']):.1%}",
                 f"{(merged > 90).mean():.1%}",
                 f"{np.nanmedian(arrays['dominance']):.2f}",
                 f"{np.nanmean(arrays['alignment']):.4f}",
@@ -161,7 +205,8 @@ def gradient_table(seen: Mapping[str, Mapping[str, Array]], names: Sequence[str]
     header = [
         "method",
         "pairs in conflict",
-        "rows opposed by the merged update",
+        "losses the plain sum raises (opposed)",
+        "losses the merged update raises",
         "largest dominance (median)",
         "alignment with the plain sum",
         "largest share",

@@ -1,13 +1,14 @@
-"""What the benchmarks compare: rules, and the combinations that each step trains on."""
+"""What the benchmarks compare: methods, and the combinations that each step trains on."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from gradsplit import CombinationSampler, modality_combinations
 
-__all__ = ["RULES", "FixedCombinations", "plain_sum", "sampler_of"]
+__all__ = ["METHODS", "FixedCombinations", "Method", "plain_sum", "sampler_of"]
 
 Combination = tuple[str, ...]
 
@@ -17,12 +18,30 @@ def plain_sum(gramian: Tensor) -> Tensor:
     return gramian.new_ones(gramian.shape[:-1])
 
 
+@dataclass(frozen=True)
+class Method:
+    """How the losses of a step become one gradient.
+
+    Attributes:
+        rule: of the ModalityDecoupledOptimizer.
+        scope: of it; None: what the benchmark is told, or the default.
+        balanced: whether a LossBalance weighs the losses first.
+    """
+
+    rule: str | Callable[[Tensor], Tensor] = plain_sum
+    scope: str | None = None
+    balanced: bool = False
+
+
 # `full` has one loss, so that no rule changes anything.
-RULES: dict[str, str | Callable[[Tensor], Tensor]] = {
-    "full": plain_sum,
-    "sum": plain_sum,
-    "gmd": "gmd",
-    "pcgrad": "pcgrad",
+METHODS: dict[str, Method] = {
+    "full": Method(),
+    "sum": Method(),
+    "gmd": Method("gmd"),
+    "gmd-all": Method("gmd", scope="all"),
+    "pcgrad": Method("pcgrad"),
+    "balance": Method(balanced=True),
+    "balance+gmd-all": Method("gmd", scope="all", balanced=True),
 }
 
 

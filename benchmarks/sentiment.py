@@ -7,10 +7,13 @@
 
 One model is trained per method and seed, from the same initial weights and with the same batches:
 
-full      only the loss of the combination of all modalities
-sum       the mean of the combinations' losses, no decoupling
-gmd       the GMD paper's rule
-pcgrad    the rule in GMD's released code
+full             only the loss of the combination of all modalities
+sum              the mean of the combinations' losses, no decoupling
+gmd              the GMD paper's rule, on the parameters that all losses share
+gmd-all          the same on all parameters
+pcgrad           the rule in GMD's released code, on the shared parameters
+balance          sum, weighted by the gradient norms of the first 20 steps (LossBalance)
+balance+gmd-all  both
 
 The epoch with the best validation split (MAE, mean over all combinations) is tested on every
 combination of available modalities. Results go to results/sentiment-DATE: results.json, table.md,
@@ -31,7 +34,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +53,19 @@ from benchmarks.arguments import (
     methods,
     positive_float,
     positive_int,
+    rates_of,
+    whole,
 )
-from benchmarks.methods import RULES, sampler_of
-from benchmarks.sentiment_data import MODALITIES, SentimentData, Split, load_file, synthetic
+from benchmarks.gradients import Merges
+from benchmarks.methods import METHODS, sampler_of
+from benchmarks.sentiment_data import (
+    MODALITIES,
+    SentimentData,
+    Split,
+    draw_available,
+    load_file,
+    synthetic,
+)
 from benchmarks.sentiment_report import (
     COMBINATIONS,
     NAMES,
@@ -62,7 +75,7 @@ from benchmarks.sentiment_report import (
     write_report,
 )
 from benchmarks.session import Diverged, Session, check_digest
-from gradsplit import ModalityDecoupledOptimizer
+from gradsplit import LossBalance, ModalityDecoupledOptimizer
 from reference_models.sentiment_transformer import SentimentTransformer, SentimentTransformerConfig
 
 __all__ = ["Config", "Training", "main"]
@@ -85,9 +98,11 @@ class Config:
 
     data: str | None = None
     max_frames: int = 50
-    methods: tuple[str, ...] = tuple(RULES)
+    missing: dict[str, float] = field(default_factory=dict)
+    methods: tuple[str, ...] = ("full", "sum", "gmd", "pcgrad")
     combinations: str = "all"
     seeds: int = 3
+    first_seed: int = 0
     epochs: int = 20
     batch_size: int = 32
     loss: str = "l1"
@@ -100,6 +115,10 @@ class Config:
     heads: int = 4
     dropout: float = 0.1
     threads: int = 1
+
+    @property
+    def all_seeds(self) -> range:
+        return range(self.first_seed, self.first_seed + self.seeds)
 
 
 # --- evaluation ----------------------------------------------------------------------------------
@@ -130,6 +149,23 @@ def evaluate(model: SentimentTransformer, split: Split) -> dict[str, dict[str, f
     }
 
 
+def mean_error(model: SentimentTransformer, split: Split, has: Tensor) -> float:
+    """MAE over the samples that have a combination, mean over those that some sample has.
+
+    Args:
+        has: (7, N), of :func:`having`.
+    """
+    errors = np.abs(predict(model, split) - split.labels.double().numpy())
+    by_combination = [error[rows] for error, rows in zip(errors, has.numpy(), strict=True)]
+    return float(np.mean([some.mean() for some in by_combination if len(some) > 0]))
+
+
+def having(available: Tensor) -> Tensor:
+    """(7, N): which samples have all modalities of a combination; of ``available`` (N, 3)."""
+    places = [[MODALITIES.index(name) for name in combination] for combination in COMBINATIONS]
+    return torch.stack([available[:, place].all(1) for place in places])
+
+
 # --- training ------------------------------------------------------------------------------------
 
 
@@ -143,10 +179,8 @@ class Training:
         self.seed = seed
         self.epoch = 0
         self.seconds = 0.0
-        self.history: list[dict[str, float]] = []
-        self.gramians: list[Tensor] = []  # (m, m) per step
-        self.weights: list[Tensor] = []  # (m,) per step
-        self.trained: list[Tensor] = []  # (m,) per step: which of COMBINATIONS the rows belong to
+        self.history: list[dict[str, float | None]] = []
+        self.merges = Merges(NAMES)
         torch.manual_seed(seed)  # the weights first, then dropout: the same for every method
         sizes = {"width": config.width, "depth": config.depth, "heads": config.heads}
         self.model = SentimentTransformer(
@@ -156,10 +190,17 @@ class Training:
             OPTIMIZERS[config.optimizer](
                 self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay
             ),
-            rule=RULES[method],
+            rule=METHODS[method].rule,
+            scope=METHODS[method].scope or "shared",
             seed=seed,
             process_group=ranks.group(),
         )
+        self.balance = LossBalance() if METHODS[method].balanced else None
+        drawing = torch.Generator().manual_seed(seed)
+        self.has = {
+            name: having(draw_available(len(data.splits[name]), config.missing, drawing))
+            for name in ("train", "valid")
+        }
         if ranks.rank() > 0:  # other samples, other dropout
             torch.manual_seed(seed + 1_000_003 * ranks.rank())
         self.sampler = sampler_of(method, config.combinations, MODALITIES, seed)
@@ -177,42 +218,55 @@ class Training:
         self.model.train()
         shuffled = torch.randperm(len(train), generator=order)
         for index in torch.split(shuffled, self.config.batch_size):
-            losses.append(self._step(train, index))
-            if not progress.disable:
-                report = self.optimizer.last
-                assert report is not None
+            loss = self._step(train, index)
+            losses += [] if loss is None else [loss]
+            report = self.optimizer.last
+            if losses and report is not None and not progress.disable:
                 conflicts = f"{report.conflict_rate():.0%}"
                 progress.set_postfix(loss=f"{losses[-1]:.3f}", conflicts=conflicts, refresh=False)
             progress.update()
-        valid_mae = summarise(evaluate(self.model, self.data.splits["valid"]))["mae"]
+        valid_mae = mean_error(self.model, self.data.splits["valid"], self.has["valid"])
         self.epoch += 1
         if valid_mae < self.best_mae:
             self.best_mae, self.best_epoch = valid_mae, self.epoch
             self.best_model = copy.deepcopy(self.model.state_dict())
-        self.history.append({"train_loss": math.fsum(losses) / len(losses), "valid_mae": valid_mae})
+        train_loss = math.fsum(losses) / len(losses) if losses else None
+        self.history.append({"train_loss": train_loss, "valid_mae": valid_mae})
         self.seconds += time.perf_counter() - started
 
-    def _step(self, train: Split, index: Tensor) -> float:
-        """One step over the utterances ``index`` of ``train``; the mean loss."""
+    def _step(self, train: Split, index: Tensor) -> float | None:
+        """One step over the utterances ``index`` of ``train``; the mean loss.
+
+        None where none of them has any of the combinations drawn: there is nothing to learn.
+        """
         combinations = self.sampler()
         losses: dict[str | Combination, Tensor | None] = dict.fromkeys(combinations)
+        drawn = [NAMES.index("+".join(combination)) for combination in combinations]
+        has = self.has["train"][drawn][:, index]  # (C, B), of all ranks
+        if not has.any():
+            return None
         own = ranks.share(index)
         if len(own) > 0:
             inputs, labels = train.batch(own)
             scores = self.model(inputs, combinations=combinations)  # C of (B,)
             loss = LOSSES[self.config.loss]
-            # The mean over the ranks that have a sample is then that over all samples.
-            weight = len(own) * min(ranks.count(), len(index)) / len(index)
-            for combination, score in zip(combinations, scores, strict=True):
-                losses[combination] = weight * loss(score, labels)
+            for combination, score, rows in zip(combinations, scores, has, strict=True):
+                counts = [int(rows[rank :: ranks.count()].sum()) for rank in range(ranks.count())]
+                if (count := counts[ranks.rank()]) > 0:
+                    mine = ranks.share(rows)
+                    # The mean over the ranks that have a sample is then that over all samples.
+                    weight = count * sum(n > 0 for n in counts) / sum(counts)
+                    losses[combination] = weight * loss(score[mine], labels[mine])
+        if self.balance is not None:
+            losses = self.balance(losses)
         self.optimizer.zero_grad()
         report = self.optimizer.backward(losses)
         if self.config.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         self.optimizer.step()
-        self.gramians.append(report.gramian)
-        self.weights.append(report.weights)
-        self.trained.append(torch.tensor([NAMES.index(name) for name in report.names]))
+        if self.balance is not None:
+            self.balance.update(report)
+        self.merges.add(report)
         mean = float(report.losses.mean())
         if not math.isfinite(mean):
             raise Diverged("the loss is not a finite number")
@@ -233,16 +287,8 @@ class Training:
             "seconds": round(self.seconds, 1),
         }
 
-    def records(self) -> dict[str, Tensor]:
-        """What every merge saw: Gramians (S, m, m), weights (S, m), combinations (S, m)."""
-        return {
-            "gramians": torch.stack(self.gramians),
-            "weights": torch.stack(self.weights),
-            "trained": torch.stack(self.trained),
-        }
-
     def finish(self, save: Callable[[], None]) -> dict[str, Any]:
-        return {"result": self.result(), "records": self.records()}
+        return {"result": self.result(), "records": self.merges.stacked()}
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -251,10 +297,11 @@ class Training:
             "epoch": self.epoch,
             "seconds": self.seconds,
             "history": self.history,
-            "records": self.records(),
+            "records": self.merges.stacked(),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "sampler": self.sampler.state_dict(),
+            "balance": None if self.balance is None else self.balance.state_dict(),
             "best": {"epoch": self.best_epoch, "mae": self.best_mae, "model": self.best_model},
             "random": ranks.each(torch.get_rng_state()),
         }
@@ -263,12 +310,12 @@ class Training:
         self.epoch = state["epoch"]
         self.seconds = state["seconds"]
         self.history = state["history"]
-        self.gramians = list(state["records"]["gramians"])
-        self.weights = list(state["records"]["weights"])
-        self.trained = list(state["records"]["trained"])
+        self.merges.load(state["records"])
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.sampler.load_state_dict(state["sampler"])
+        if self.balance is not None:
+            self.balance.load_state_dict(state["balance"])
         self.best_epoch = state["best"]["epoch"]
         self.best_mae = state["best"]["mae"]
         self.best_model = state["best"]["model"]
@@ -322,7 +369,7 @@ def _run(session: Session, data: SentimentData) -> int:
         session.save()  # from here on Ctrl-C loses at most an epoch
         session.train(
             # Every method for a seed, then the next seed: what is there early can be compared.
-            [(method, seed) for seed in range(config.seeds) for method in config.methods],
+            [(method, seed) for seed in config.all_seeds for method in config.methods],
             lambda method, seed: Training(config, data, method, seed),
             epochs=config.epochs,
             epoch_length=math.ceil(len(data.splits["train"]) / config.batch_size),
@@ -393,13 +440,20 @@ def _parser() -> argparse.ArgumentParser:
 
     add("--data", absolute, "pickle in MMSA's layout; without it, synthetic data", metavar="FILE")
     add("--max-frames", positive_int, "longer sequences are averaged down to", metavar="N")
-    add("--methods", methods, f"comma-separated, of {', '.join(RULES)}", metavar="LIST")
+    add(
+        "--missing",
+        rates_of(MODALITIES),
+        "missing rates in train and valid, per sample: text=0.2,audio=0.4,vision=0.6",
+        metavar="RATES",
+    )
+    add("--methods", methods, f"comma-separated, of {', '.join(METHODS)}", metavar="LIST")
     add(
         "--combinations",
         combinations_of(MODALITIES),
         "trained on: all, singles, or k=N drawn per step",
     )
-    add("--seeds", positive_int, "number of seeds, from 0 on", metavar="N")
+    add("--seeds", positive_int, "number of seeds", metavar="N")
+    add("--first-seed", whole, "the others follow it", metavar="N")
     add("--epochs", positive_int, "passes over train", metavar="N")
     add("--batch-size", positive_int, "utterances per step", metavar="N")
     add("--loss", str, "of the score", choices=list(LOSSES))

@@ -11,7 +11,7 @@ latin-1 bytes, builds them itself, and refuses everything else by name.
 
 import hashlib
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,7 +24,16 @@ from torch.nn.functional import adaptive_avg_pool1d
 
 from benchmarks.results import file_sha256
 
-__all__ = ["MODALITIES", "SPLITS", "SentimentData", "Split", "load_file", "parse", "synthetic"]
+__all__ = [
+    "MODALITIES",
+    "SPLITS",
+    "SentimentData",
+    "Split",
+    "draw_available",
+    "load_file",
+    "parse",
+    "synthetic",
+]
 
 MODALITIES = ("text", "audio", "vision")
 SPLITS = ("train", "valid", "test")
@@ -86,6 +95,19 @@ class SentimentData:
             split: {name: list(x.shape) for name, x in part.features.items()}
             for split, part in self.splits.items()
         }
+
+
+def draw_available(count: int, rates: Mapping[str, float], generator: torch.Generator) -> Tensor:
+    """(count, 3) in the order of MODALITIES: which samples keep which modality.
+
+    Each is missing with its rate, independently; a sample that would keep none is drawn again.
+    """
+    missing = torch.tensor([rates.get(name, 0.0) for name in MODALITIES])
+    available = torch.zeros(count, len(MODALITIES), dtype=torch.bool)
+    while not available.any(1).all():
+        drawn = torch.rand(count, len(MODALITIES), generator=generator) >= missing
+        available = torch.where(available.any(1, keepdim=True), available, drawn)
+    return available
 
 
 def load_file(path: Path, max_frames: int) -> SentimentData:

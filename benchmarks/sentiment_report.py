@@ -130,6 +130,10 @@ class Report:
         return methods
 
     @property
+    def seeds(self) -> list[int]:
+        return sorted({one["result"]["seed"] for one in self.done})
+
+    @property
     def label(self) -> str:
         """For titles: says synthetic where it is."""
         if self.data.synthetic:
@@ -206,13 +210,13 @@ class Report:
         hyperparameters = ", ".join(
             f"{name} {value}"
             for name, value in config.items()
-            if name not in ("data", "methods", "seeds")
+            if name not in ("data", "methods", "seeds", "first_seed")
         )
         seconds = sum(one["result"]["seconds"] for one in self.done)
         lines = [
             f"Data: {source}; SHA-256 `{data.digest}`; utterances: {sizes}.",
             f"Command: `{self.command}`",
-            f"Seeds: {', '.join(map(str, range(config['seeds'])))}. {SELECTION}",
+            f"Seeds: {', '.join(map(str, self.seeds))}. {SELECTION}",
             f"Hyperparameters: {hyperparameters}.",
             f"Versions: {versions}.",
             f"Training took {seconds:.0f} s in all (information only: the machine may be shared).",

@@ -51,7 +51,7 @@ from benchmarks.brats_training import (
 )
 from benchmarks.brats_volumes import make_dataset, training_batches
 from benchmarks.checkpoint import load_checkpoint, save_checkpoint
-from benchmarks.methods import RULES
+from benchmarks.methods import METHODS
 from benchmarks.session import Diverged
 from gradsplit import modality_combinations
 from reference_models.unet3d import DynamicSharingUNet3d, UNet3dConfig
@@ -471,7 +471,7 @@ def watched(
 
 def test_methods_start_alike_and_see_the_same_crops(prepared: Prepared) -> None:
     seen: dict[str, list[Tensor]] = {}
-    for method in RULES:
+    for method in METHODS:
         training = Training(small(epochs=2), prepared, method, 1)
         start = list(weights_of(training.model).values())
         batches, _ = watched(training)
@@ -510,7 +510,7 @@ def test_the_crops_do_not_depend_on_the_number_of_workers(prepared: Prepared) ->
 def test_what_is_trained_on(prepared: Prepared, combinations: str, rows: int) -> None:
     training = Training(small(combinations=combinations), prepared, "gmd", 0)
     training.train_epoch(Silent())
-    records = training.records()
+    records = training.merges.stacked()
     assert records["gramians"].shape == (2, rows, rows)
     assert records["weights"].shape == records["trained"].shape == (2, rows)
     drawn = [set(row) for row in records["trained"].tolist()]
@@ -524,7 +524,7 @@ def test_what_is_trained_on(prepared: Prepared, combinations: str, rows: int) ->
 def test_all_combinations_are_trained_on_in_one_step(prepared: Prepared) -> None:
     training = Training(small(combinations="all"), prepared, "gmd", 0)
     training.step(batches_of(prepared)[:1])
-    assert training.records()["trained"].tolist() == [list(range(15))]
+    assert training.merges.stacked()["trained"].tolist() == [list(range(15))]
 
 
 def test_sampled_combinations_are_the_same_for_every_method(prepared: Prepared) -> None:
@@ -532,7 +532,7 @@ def test_sampled_combinations_are_the_same_for_every_method(prepared: Prepared) 
     for method in ("sum", "gmd", "pcgrad"):
         training = Training(small(combinations="k=2"), prepared, method, 0)
         training.train_epoch(Silent())
-        drawn.append(training.records()["trained"])
+        drawn.append(training.merges.stacked()["trained"])
     assert torch.equal(drawn[0], drawn[1])
     assert torch.equal(drawn[0], drawn[2])
 
@@ -540,7 +540,7 @@ def test_sampled_combinations_are_the_same_for_every_method(prepared: Prepared) 
 def test_full_trains_on_all_modalities_only(prepared: Prepared) -> None:
     training = Training(small(combinations="k=5"), prepared, "full", 0)
     training.train_epoch(Silent())
-    assert training.records()["trained"].tolist() == [[0], [0]]
+    assert training.merges.stacked()["trained"].tolist() == [[0], [0]]
     assert COMBINATIONS[0] == MODALITIES
 
 
@@ -652,7 +652,7 @@ def test_accumulation_makes_fewer_steps_and_keeps_the_remainder(prepared: Prepar
     training.train_epoch(Silent())
     assert training.steps_per_epoch == len(rates) == 2  # three micro-batches, and one
     assert len(batches) == 4
-    assert len(training.records()["weights"]) == 2
+    assert len(training.merges.stacked()["weights"]) == 2
 
 
 @pytest.mark.parametrize("schedule", ["poly", "cosine", "constant"])
@@ -729,7 +729,7 @@ def test_a_step_in_half_precision(prepared: Prepared, amp: str) -> None:
     ]
     assert torch.nn.functional.cosine_similarity(*steps, dim=0) > 0.95
     assert_allclose(float(steps[0].norm()), float(steps[1].norm()), rtol=0.1)
-    found, exactly = training.records()["gramians"], exact.records()["gramians"]
+    found, exactly = training.merges.stacked()["gramians"], exact.merges.stacked()["gramians"]
     assert_allclose(found.diagonal(dim1=1, dim2=2), exactly.diagonal(dim1=1, dim2=2), rtol=0.2)
 
 
@@ -744,7 +744,7 @@ def test_gradients_in_bf16_on_a_cpu_do_not_depend_on_what_the_memory_held(
         junk = [torch.full((2**power,), 1e30) for power in range(8, 22)]
         del junk
         training.step([batch])
-    squares = training.records()["gramians"].flatten()
+    squares = training.merges.stacked()["gramians"].flatten()
     assert_allclose(squares, squares[:1].expand(5), rtol=1e-3)
 
 
@@ -762,7 +762,7 @@ def test_a_step_that_overflows_is_skipped_and_counted(prepared: Prepared) -> Non
     training.scaler.load_state_dict({**state, "scale": 64.0})
     training.step(batches_of(prepared)[1:])
     assert training.skipped == 1
-    assert len(training.records()["gramians"]) == 1, "angles of a skipped step mean nothing"
+    assert len(training.merges.stacked()["gramians"]) == 1, "angles of a skipped step mean nothing"
     continued = Training(config, prepared, "gmd", 0)
     continued.load_state_dict(training.state_dict())
     assert continued.scaler.state_dict() == training.scaler.state_dict()
@@ -806,7 +806,7 @@ def test_a_compiled_training_takes_the_same_step(
     compiled = Training(small(combinations="k=2", compile=True), prepared, "sum", 0)
     assert_allclose(compiled.step(window), plain.step(window), rtol=1e-4)
     assert any(tmp_path.iterdir()), "something was compiled"
-    drawn = [set(COMBINATIONS[row]) for row in plain.records()["trained"][0].tolist()]
+    drawn = [set(COMBINATIONS[row]) for row in plain.merges.stacked()["trained"][0].tolist()]
     assert drawn[0] & drawn[1], "they share a branch, which two backwards pass"
     assert_gradients(compiled, [parameter.grad for parameter in plain.model.parameters()])
     assert plain.state_dict()["model"].keys() == compiled.state_dict()["model"].keys()
@@ -854,7 +854,7 @@ def test_what_lies_in_a_missing_modality_has_no_influence_on_training(lacking: P
 def test_records_of_steps_with_missing_rows_are_padded(lacking: Prepared) -> None:
     training = Training(small(combinations="singles", batch_size=1), lacking, "gmd", 0)
     training.train_epoch(Silent())
-    records = training.records()
+    records = training.merges.stacked()
     assert records["gramians"].shape == (4, 4, 4)
     there = records["trained"] >= 0
     assert sorted(there.sum(1).tolist()) == [1, 2, 3, 4]
@@ -873,7 +873,7 @@ def test_batches_without_any_of_the_combinations_are_passed_over(
     training = Training(config, lacking, method, 0)
     for _ in range(3):
         training.train_epoch(Silent())
-    records = training.records()
+    records = training.merges.stacked()
     assert 1 <= len(records["weights"]) <= 12
     assert all(math.isfinite(entry["train_loss"] or 0.0) for entry in training.history)
     assert all(tensor.isfinite().all() for tensor in weights_of(training.model).values())

@@ -20,7 +20,7 @@ from numpy.testing import assert_allclose
 from benchmarks import results, sentiment
 from benchmarks.checkpoint import load_checkpoint, save_checkpoint
 from benchmarks.gradients import compare, diagnose, merged_angles
-from benchmarks.methods import RULES, plain_sum
+from benchmarks.methods import METHODS, plain_sum
 from benchmarks.pictures import draw_curves, smooth
 from benchmarks.sentiment import Config, Training, main
 from benchmarks.sentiment_data import MODALITIES, SentimentData, Split, load_file, synthetic_layout
@@ -156,7 +156,7 @@ def test_methods_start_alike_and_see_the_same_batches(
     data: SentimentData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, list[Any]] = {}
-    for method in RULES:
+    for method in METHODS:
         training = Training(small(), data, method, 1)
         start = [parameter.clone() for parameter in training.model.parameters()]
         batches: list[Any] = []
@@ -180,7 +180,7 @@ def test_methods_start_alike_and_see_the_same_batches(
 def test_what_is_trained_on(data: SentimentData, combinations: str, rows: int) -> None:
     training = Training(small(combinations=combinations), data, "gmd", 0)
     training.train_epoch(Silent())
-    records = training.records()
+    records = training.merges.stacked()
     assert records["gramians"].shape == (3, rows, rows)
     assert records["weights"].shape == records["trained"].shape == (3, rows)
     drawn = {tuple(sorted(row)) for row in records["trained"].tolist()}
@@ -192,7 +192,7 @@ def test_sampled_combinations_are_the_same_for_every_method(data: SentimentData)
     for method in ("sum", "gmd", "pcgrad"):
         training = Training(small(combinations="k=2"), data, method, 0)
         training.train_epoch(Silent())
-        drawn.append(training.records()["trained"])
+        drawn.append(training.merges.stacked()["trained"])
     assert torch.equal(drawn[0], drawn[1])
     assert torch.equal(drawn[0], drawn[2])
 
@@ -200,7 +200,7 @@ def test_sampled_combinations_are_the_same_for_every_method(data: SentimentData)
 def test_full_trains_on_all_modalities_only(data: SentimentData) -> None:
     training = Training(small(combinations="singles"), data, "full", 0)
     training.train_epoch(Silent())
-    assert training.records()["trained"].tolist() == [[0]] * 3
+    assert training.merges.stacked()["trained"].tolist() == [[0]] * 3
     assert NAMES[0] == "+".join(MODALITIES)
 
 
@@ -269,7 +269,7 @@ def test_diagnosis_is_what_the_optimizer_reports(data: SentimentData) -> None:
         training._step(data.splits["train"], index)
         assert isinstance(training.optimizer.last, Decoupling)
         reports.append(training.optimizer.last)
-    seen = diagnose(training.records(), NAMES)
+    seen = diagnose(training.merges.stacked(), NAMES)
     for number, report in enumerate(reports):
         assert_allclose(seen["pairs"][number], report.angles())
         assert_allclose(seen["conflicts"][number], report.conflict_rate())
