@@ -145,9 +145,18 @@ def diagnose_all(
             seen = diagnose(one["records"], names)
             by_method.setdefault(one["result"]["method"], []).append(seen)
     return {
-        method: {key: np.stack([run[key] for run in runs]) for key in runs[0]}
+        method: {key: _stack([run[key] for run in runs]) for key in runs[0]}
         for method, runs in by_method.items()
     }
+
+
+def _stack(arrays: Sequence[Array]) -> Array:
+    """With NaN where one is shorter: a step was skipped, or a combination never had a sample."""
+    shape = np.max([array.shape for array in arrays], axis=0)
+    stacked = np.full((len(arrays), *shape), np.nan)
+    for one, array in zip(stacked, arrays, strict=True):
+        one[tuple(map(slice, array.shape))] = array
+    return stacked
 
 
 def summarise_gradients(

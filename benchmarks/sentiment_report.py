@@ -156,7 +156,7 @@ class Report:
         for one in self.done:
             result = dict(one["result"])
             if result["method"] in self.seen:
-                seed = result["seed"]
+                seed = self.seeds.index(result["seed"])
                 seen = {key: rows[seed] for key, rows in self.seen[result["method"]].items()}
                 result["gradients"] = gradients.summarise_gradients(seen, NAMES, epochs)
             runs.append(result)
