@@ -7,7 +7,7 @@ records of the merges, a slice of one case. Nothing here trains, or knows the mo
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from benchmarks import gradients, results
 from benchmarks.brats_data import MODALITIES, BratsData
 from benchmarks.brats_metrics import METRICS
+from benchmarks.comparison import Comparison, compare_all
 from benchmarks.pictures import draw_cases, draw_combinations
 from gradsplit import modality_combinations
 
@@ -180,7 +181,12 @@ class Report:
                 "selection": self.selection,
                 "combinations": self.order,
                 "summary": {method: self._summary(method) for method in self.methods},
-                "comparisons": [self.compare(method) for method in self._compared()],
+                "comparisons": {
+                    "against": "sum",
+                    "metric": "Dice, mean over combinations and regions",
+                    "over": self.pairs,
+                    **{method: asdict(found) for method, found in self.compare().items()},
+                },
                 "runs": runs,
             }
         )
@@ -227,7 +233,7 @@ class Report:
             _filled(about + _DICE_NOTES + self._missing_note()),
             f"## Test, per method{note}\n",
             self._method_table(),
-            *(_filled(self.sentence(self.compare(method))) for method in self._compared()),
+            *(_filled(self.sentence(*item)) for item in self.compare().items()),
             f"## Test HD95 in mm, by available modalities{note}\n",
             self._combination_table("hd95", _millimetres),
             _filled(_HD95_NOTES),
@@ -348,30 +354,30 @@ class Report:
     def _compared(self) -> list[str]:
         return [method for method in self.methods if method != "sum" and "sum" in self.methods]
 
-    def compare(self, method: str) -> dict[str, Any]:
-        """Mean Dice of ``method`` less that of ``sum``, in pairs; positive: better.
+    @property
+    def pairs(self) -> str:
+        """What is paired: seeds; with one of them test cases, which say nothing about seeds."""
+        return "seeds" if len(self.seeds) > 1 else "test cases"
 
-        The pairs are seeds; with one seed they are test cases, which says nothing about seeds.
-        """
-        ours, theirs = self.mean_scores(method, "dice"), self.mean_scores("sum", "dice")
-        if len(self.seeds) > 1:
-            over = "seeds"
-            differences = _by_seed(ours) - _by_seed(theirs)
-        else:
-            over = "test cases"
-            differences = _mean(ours - theirs, (0, 2))
-        metric = "Dice, mean over combinations and regions"
-        return {"over": over, **gradients.compare(method, metric, differences.tolist())}
+    def compare(self) -> dict[str, Comparison]:
+        """Mean Dice of each method less that of ``sum``, in pairs; positive: better."""
+        differences = {}
+        for method in self._compared():
+            ours, theirs = self.mean_scores(method, "dice"), self.mean_scores("sum", "dice")
+            if self.pairs == "seeds":
+                differences[method] = (_by_seed(ours) - _by_seed(theirs)).tolist()
+            else:
+                differences[method] = _mean(ours - theirs, (0, 2)).tolist()
+        return compare_all(differences)
 
-    def sentence(self, comparison: Mapping[str, Any]) -> str:
-        method, mean, over = comparison["method"], 100 * comparison["mean"], comparison["over"]
-        n = len(comparison["differences"])
+    def sentence(self, method: str, found: Comparison) -> str:
+        mean, over, n = 100 * found.mean, self.pairs, len(found.differences)
         start = f"{method} against sum, mean Dice: {mean:+.2f} points"
-        if comparison["interval"] is None:
+        if found.std is None or found.interval is None:
             return f"{start} on one test case with one seed; that says nothing about noise."
-        low, high = (100 * end for end in comparison["interval"])
+        low, high = (100 * end for end in found.interval)
         helps = method != "full"  # which is there to show what is lost without any remedy
-        if comparison["within_noise"]:
+        if not found.shown:
             verdict = f"within the noise between {over}, no difference is shown"
             verdict += f": this run gives no reason to prefer {method}" if helps else ""
         elif mean > 0:
@@ -385,8 +391,9 @@ class Report:
         else:
             caveat = "One seed says nothing about the noise between trainings: run more seeds."
         return (
-            f"{start} ± {100 * comparison['std']:.2f} (paired over {n} {over}, 95% t interval "
-            f"{low:+.2f} to {high:+.2f}): {verdict}. {caveat}"
+            f"{start} ± {100 * found.std:.2f} (paired over {n} {over}, 95% t interval {low:+.2f} "
+            f"to {high:+.2f}, p {found.p:.2g} after Holm's correction for {len(self.compare())} "
+            f"methods): {verdict}. {caveat}"
         )
 
 

@@ -1,6 +1,6 @@
-"""What every benchmark reports beside its scores: what the gradients did, and who beats the sum.
+"""What every benchmark reports beside its scores: what the gradients did.
 
-Everything is computed from the records of the merges and from finished scores. A record is a
+Everything is computed from the records of the merges. A record is a
 mapping of ``gramians`` (S, m, m), ``weights`` (S, m) and ``trained`` (S, m): for every training
 step, the Gramian, the weights of the rule, and which combination each row belongs to (an index
 into the benchmark's list of names; -1 where a step had fewer than m rows).
@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.stats import t as student_t
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -24,7 +23,6 @@ from gradsplit import Decoupling
 
 __all__ = [
     "Merges",
-    "compare",
     "diagnose",
     "diagnose_all",
     "draw_gradients",
@@ -265,26 +263,3 @@ def draw_gradients(
         },
         highest={"alignment with the plain sum": 1.0},  # a cosine
     )
-
-
-# --- comparisons ---------------------------------------------------------------------------------
-
-
-def compare(method: str, metric: str, differences: Sequence[float]) -> dict[str, Any]:
-    """Mean, sample std and 95% t interval of paired differences; None where one pair has none."""
-    mean, std = results.mean_and_std(differences)
-    interval, within = None, None
-    if std is not None:
-        quantile = float(student_t.ppf(0.975, len(differences) - 1))
-        half = quantile * std / math.sqrt(len(differences))
-        interval, within = [mean - half, mean + half], abs(mean) <= half
-    return {
-        "method": method,
-        "against": "sum",
-        "metric": metric,
-        "differences": list(differences),
-        "mean": mean,
-        "std": std,
-        "interval": interval,
-        "within_noise": within,
-    }

@@ -6,7 +6,7 @@ results of finished trainings. Nothing here trains, or knows the model.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy.typing as npt
 from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error
 
 from benchmarks import gradients, results
+from benchmarks.comparison import Comparison, compare_all
 from benchmarks.pictures import draw_scores
 from benchmarks.sentiment_data import MODALITIES, SentimentData
 from gradsplit import modality_combinations
@@ -176,7 +177,11 @@ class Report:
             "combinations": NAMES,
             "constant_predictor": self.constant,
             "runs": runs,
-            "comparisons": [self.compare(method) for method in self._compared()],
+            "comparisons": {
+                "against": "sum",
+                "metric": "MAE, mean over combinations",
+                **{method: asdict(found) for method, found in self.compare().items()},
+            },
         }
 
     def as_markdown(self) -> str:
@@ -189,7 +194,7 @@ class Report:
             f"## Test, mean over the {len(NAMES)} combinations of available modalities{note}\n",
             self._main_table(),
             _NOTES.format(seeds=over),
-            *(self.sentence(self.compare(method)) + "\n" for method in self._compared()),
+            *(self.sentence(method, found) + "\n" for method, found in self.compare().items()),
             f"## Test MAE per combination{note}\n",
             self._combination_table("mae"),
             f"## Test Acc-2 without zero labels, per combination{note}\n",
@@ -243,32 +248,39 @@ class Report:
         rows.append(["(train mean)", *([f"{self.constant[metric]:.3f}"] * len(self.methods))])
         return results.markdown_table(["available", *self.methods], rows)
 
-    def _compared(self) -> list[str]:
-        return [m for m in self.methods if m not in ("full", "sum") and "sum" in self.methods]
+    def compare(self) -> dict[str, Comparison]:
+        """Mean MAE of each method but full, less that of sum, seed by seed; negative: better."""
+        if "sum" not in self.methods:
+            return {}
+        maes = {
+            method: [run["summary"]["mae"] for run in self.runs(method)] for method in self.methods
+        }
+        return compare_all(
+            {
+                method: [mae - of_sum for mae, of_sum in zip(values, maes["sum"], strict=True)]
+                for method, values in maes.items()
+                if method not in ("full", "sum")
+            }
+        )
 
-    def compare(self, method: str) -> dict[str, Any]:
-        """Mean MAE of ``method`` less that of ``sum``, seed by seed; negative: better."""
-        pairs = zip(self.runs(method), self.runs("sum"), strict=True)
-        differences = [a["summary"]["mae"] - b["summary"]["mae"] for a, b in pairs]
-        return gradients.compare(method, "MAE, mean over combinations", differences)
-
-    def sentence(self, comparison: Mapping[str, Any]) -> str:
-        mean, n = comparison["mean"], len(comparison["differences"])
-        start = f"{comparison['method']} against sum, mean MAE: {mean:+.4f}"
-        if comparison["interval"] is None:
+    def sentence(self, method: str, found: Comparison) -> str:
+        n = len(found.differences)
+        start = f"{method} against sum, mean MAE: {found.mean:+.4f}"
+        if found.interval is None:
             return f"{start} with one seed; that says nothing about noise: run more seeds."
-        low, high = comparison["interval"]
-        if comparison["within_noise"]:
-            verdict = "within the noise between seeds, no difference is shown"
-        else:
+        low, high = found.interval
+        if found.shown:
             verdict = (
-                f"{'better' if mean < 0 else 'worse'} beyond the noise between seeds; that the "
-                f"{len(self.data.splits['test'])} test utterances are themselves a sample is not "
-                "counted"
+                f"{'better' if found.mean < 0 else 'worse'} beyond the noise between seeds; that "
+                f"the {len(self.data.splits['test'])} test utterances are themselves a sample is "
+                "not counted"
             )
+        else:
+            verdict = "within the noise between seeds, no difference is shown"
         return (
-            f"{start} ± {comparison['std']:.4f} (paired over {n} seeds, 95% t interval "
-            f"{low:+.4f} to {high:+.4f}): {verdict}."
+            f"{start} ± {found.std:.4f} (paired over {n} seeds, 95% t interval {low:+.4f} to "
+            f"{high:+.4f}, p {found.p:.2g} after Holm's correction for {len(self.compare())} "
+            f"methods): {verdict}."
         )
 
 

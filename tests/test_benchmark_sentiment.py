@@ -19,7 +19,7 @@ from numpy.testing import assert_allclose
 
 from benchmarks import results, sentiment
 from benchmarks.checkpoint import load_checkpoint, save_checkpoint
-from benchmarks.gradients import compare, diagnose, merged_angles
+from benchmarks.gradients import diagnose, merged_angles
 from benchmarks.methods import METHODS, plain_sum
 from benchmarks.pictures import draw_curves, smooth
 from benchmarks.sentiment import Config, Training, main
@@ -298,24 +298,6 @@ def test_the_band_of_a_cosine_ends_at_one(tmp_path: Path, monkeypatch: pytest.Mo
     draw_curves(tmp_path / "x.png", "", shares, ["text"], curves, {"cosine": 1.0})
     assert tops[0] == 1.0
     assert tops[1] > 1.0
-
-
-# --- comparisons ---------------------------------------------------------------------------------
-
-
-def test_the_interval_of_paired_differences_by_hand() -> None:
-    found = compare("gmd", "MAE", [-0.1, -0.2, -0.3])
-    assert_allclose(found["mean"], -0.2)
-    assert_allclose(found["std"], 0.1)
-    half = 4.302652729911275 * 0.1 / np.sqrt(3)  # Student's t, 2 degrees of freedom, 97.5%
-    assert_allclose(found["interval"], [-0.2 - half, -0.2 + half])
-    assert found["within_noise"] is True
-    assert compare("gmd", "MAE", [-0.2, -0.201, -0.202])["within_noise"] is False
-
-
-def test_one_seed_says_nothing_about_noise() -> None:
-    found = compare("gmd", "MAE", [-0.1])
-    assert (found["std"], found["interval"], found["within_noise"]) == (None, None, None)
 
 
 # --- result files --------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -288,10 +289,9 @@ def test_methods_are_compared_with_sum_seed_by_seed() -> None:
     done = [finished("sum", seed, COMPLETE) for seed in (0, 1)]
     done += [finished("gmd", 0, BETTER), finished("gmd", 1, COMPLETE)]
     found = report(done)
-    comparison = found.compare("gmd")
-    assert comparison["over"] == "seeds"
-    assert_allclose(comparison["differences"], [0.75 * 0.04, 0], atol=1e-12)
-    sentence = found.sentence(comparison)
+    comparison = found.compare()["gmd"]
+    assert_allclose(comparison.differences, [0.75 * 0.04, 0], atol=1e-12)
+    sentence = found.sentence("gmd", comparison)
     assert sentence.startswith("gmd against sum, mean Dice: +1.50 points ± 2.12 (paired over 2")
     assert "no reason to prefer gmd" in sentence
 
@@ -299,22 +299,22 @@ def test_methods_are_compared_with_sum_seed_by_seed() -> None:
 def test_with_one_seed_the_pairs_are_cases_and_it_says_so() -> None:
     done = [finished(m, 0, d) for m, d in (("sum", COMPLETE), ("gmd", BETTER), ("full", WORSE))]
     found = report(done)
-    better, worse = found.compare("gmd"), found.compare("full")
-    assert (better["over"], len(better["differences"])) == ("test cases", 2)
-    assert_allclose(better["mean"], 0.75 * 0.04)
-    assert_allclose(worse["mean"], -0.75 * 0.2)
+    better, worse = found.compare()["gmd"], found.compare()["full"]
+    assert len(better.differences) == 2
+    assert_allclose(better.mean, 0.75 * 0.04)
+    assert_allclose(worse.mean, -0.75 * 0.2)
     assert "better beyond the noise between test cases. One seed says nothing" in found.sentence(
-        {**better, "interval": [0.03, 0.04], "within_noise": False}
+        "gmd", replace(better, p=0.01)
     )
     assert "worse beyond the noise between test cases. One" in found.sentence(
-        {**worse, "interval": [-0.2, -0.1], "within_noise": False}
+        "full", replace(worse, p=0.01)
     )
 
 
 def test_a_method_that_does_not_help_is_said_not_to_help() -> None:
     found = report([finished("sum", 0, COMPLETE), finished("pcgrad", 0, WORSE)])
-    comparison = {**found.compare("pcgrad"), "interval": [-0.2, -0.1], "within_noise": False}
-    assert "pcgrad does not help here" in found.sentence(comparison)
+    comparison = replace(found.compare()["pcgrad"], p=0.01)
+    assert "pcgrad does not help here" in found.sentence("pcgrad", comparison)
 
 
 def test_the_result_folder(tmp_path: Path) -> None:
