@@ -264,6 +264,7 @@ def test_a_gradient_that_is_always_zero_spoils_no_other_weight(zeros: list[str])
         lines.measure(balance, {n: row(0.0 if n in zeros else v, v) for n, v in norms.items()})
         assert lines.p.grad.isfinite().all()
     assert all(balance.weights[n] == 1.0 for n in zeros) and balance.frozen
+    assert math.fsum(balance.weights[n] for n in "abc") == pytest.approx(3.0)
     products = [balance.weights[n] * norm for n, norm in norms.items() if n not in zeros]
     assert products == pytest.approx([products[0]] * len(products))
 
