@@ -168,7 +168,8 @@ def assert_close(found: Any, expected: Any, tolerance: float, where: str = "") -
 # --- sentiment -----------------------------------------------------------------------------------
 
 SMALL = ["--width", "8", "--depth", "1", "--heads", "2", "--batch-size", "8", "--threads", "1"]
-TRAINED = {"combinations": "k=4", "optimizer": "sgd", "lr": 0.3, "dropout": 0.0, "clip_norm": 1.0}
+TRAINED = {"combinations": "k=4", "optimizer": "sgd", "lr": 0.3, "dropout": 0.0, "clip_norm": 1.0,
+           "missing": {"text": 0.2, "audio": 0.5, "vision": 0.5}}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

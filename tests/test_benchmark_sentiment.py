@@ -22,8 +22,15 @@ from benchmarks.checkpoint import load_checkpoint, save_checkpoint
 from benchmarks.gradients import diagnose, merged_angles
 from benchmarks.methods import METHODS, plain_sum
 from benchmarks.pictures import draw_curves, smooth
-from benchmarks.sentiment import Config, Training, main
-from benchmarks.sentiment_data import MODALITIES, SentimentData, Split, load_file, synthetic_layout
+from benchmarks.sentiment import Config, Training, main, mean_error, predict
+from benchmarks.sentiment_data import (
+    MODALITIES,
+    SentimentData,
+    Split,
+    draw_available,
+    load_file,
+    synthetic_layout,
+)
 from benchmarks.sentiment_report import (
     COMBINATIONS,
     METRICS,
@@ -130,6 +137,73 @@ def test_summary_means_over_combinations_and_finds_the_worst() -> None:
 
 
 # --- training ------------------------------------------------------------------------------------
+
+
+def test_missing_modalities_are_drawn_at_their_rates() -> None:
+    rates = {"text": 0.2, "vision": 0.8}
+    drawn = draw_available(20_000, rates, torch.Generator().manual_seed(0))
+    assert drawn[:, 1].all(), "audio is never missing"
+    assert_allclose(1 - drawn.double().mean(0).numpy(), [0.2, 0, 0.8], atol=0.01)
+    both = (~drawn[:, 0] & ~drawn[:, 2]).double().mean()
+    assert_allclose(both, 0.2 * 0.8, atol=0.01)
+    rare = draw_available(2_000, dict.fromkeys(MODALITIES, 0.9), torch.Generator().manual_seed(0))
+    assert rare.any(1).all()
+    again = draw_available(2_000, dict.fromkeys(MODALITIES, 0.9), torch.Generator().manual_seed(0))
+    assert torch.equal(rare, again)
+
+
+def test_a_loss_is_over_the_samples_that_have_all_of_its_modalities(data: SentimentData) -> None:
+    """And so is the score that validation selects by; what no sample has is unavailable."""
+    rates = {"text": 0.97, "audio": 0.3}
+    training = Training(small(dropout=0.0, missing=rates), data, "sum", 3)
+    train, valid = data.splits["train"], data.splits["valid"]
+    has, errors = {}, {}
+    generator = torch.Generator().manual_seed(3)
+    for name, split in (("train", train), ("valid", valid)):
+        available = draw_available(len(split), rates, generator).tolist()
+        for combination in COMBINATIONS:
+            has[name, "+".join(combination)] = [
+                number
+                for number, here in enumerate(available)
+                if all(here[MODALITIES.index(modality)] for modality in combination)
+            ]
+    scores = predict(training.model, train)
+    expected = {}
+    for number, name in enumerate(NAMES):
+        some = has["train", name]
+        if some:
+            wrong = abs(scores[number][some] - train.labels.numpy()[some])
+            expected[name] = float(wrong.mean())
+    training.model.train()
+    training._step(train, torch.arange(len(train)))
+    report = training.optimizer.last
+    assert report is not None and set(report.names) == set(expected) != set(NAMES)
+    for name, loss in zip(report.names, report.losses.tolist(), strict=True):
+        assert_allclose(loss, expected[name], rtol=1e-5)
+    scores = predict(training.model, valid)
+    for number, name in enumerate(NAMES):
+        if has["valid", name]:
+            wrong = abs(scores[number] - valid.labels.numpy())[has["valid", name]]
+            errors[name] = float(wrong.mean())
+    found = mean_error(training.model, valid, training.has["valid"])
+    assert_allclose(found, np.mean(list(errors.values())), rtol=1e-6)
+
+
+def test_a_batch_in_which_no_combination_has_a_sample_is_passed_over(data: SentimentData) -> None:
+    training = Training(small(missing={"text": 0.9}, combinations="k=1"), data, "sum", 0)
+    steps = [training._step(data.splits["train"], torch.tensor([n])) for n in range(24)]
+    assert None in steps and len(training.merges.weights) == 24 - steps.count(None)
+
+
+def test_balance_weighs_by_the_norms_of_the_first_steps(data: SentimentData) -> None:
+    training = Training(small(combinations="singles", epochs=8), data, "balance", 0)
+    for _ in range(8):
+        training.train_epoch(Silent())
+    gramians = training.merges.stacked()["gramians"][:20]
+    inverse = 1 / gramians.diagonal(dim1=1, dim2=2).mean(0).sqrt()
+    assert training.balance is not None
+    weights = [training.balance.weights[name] for name in MODALITIES]
+    assert_allclose(weights, inverse / inverse.mean(), rtol=1e-9)
 
 
 def test_sum_takes_the_gradient_of_the_mean_loss(data: SentimentData) -> None:
@@ -467,7 +541,7 @@ def test_divergence_is_an_error_that_says_what_to_do(
 # --- resuming ------------------------------------------------------------------------------------
 
 
-RESUMED = ["--methods", "full,sum,pcgrad", "--combinations", "k=3", "--seeds", "2", "--epochs", "2"]
+RESUMED = ["--methods", "full,balance,pcgrad", "--combinations", "k=3", "--seeds", "2", "--epochs", "2"]
 
 
 @pytest.fixture(scope="module")
