@@ -541,7 +541,16 @@ def test_divergence_is_an_error_that_says_what_to_do(
 # --- resuming ------------------------------------------------------------------------------------
 
 
-RESUMED = ["--methods", "full,balance,pcgrad", "--combinations", "k=3", "--seeds", "2", "--epochs", "2"]
+RESUMED = [
+    "--methods",
+    "full,balance,pcgrad",
+    "--combinations",
+    "k=3",
+    "--seeds",
+    "2",
+    "--epochs",
+    "2",
+]
 
 
 @pytest.fixture(scope="module")

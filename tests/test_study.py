@@ -42,7 +42,7 @@ def digits(rows: list[tuple[str, str, list[float], float]]) -> dict[str, Any]:
         "environment": {"torch": "2"},
         "rows": [
             {"part": "units", "setting": setting, "method": method, "seed": seed, "score": score,
-             "opposed": opposed}
+             "opposed_all": opposed}
             for setting, method, scores, opposed in rows
             for seed, score in enumerate(scores)
         ],
@@ -102,7 +102,7 @@ def test_a_real_run_of_the_sentiment_benchmark(tmp_path: Path) -> None:
     row = next(line for line in text.splitlines() if '"MAE, mean of 7"' in line)
     assert f'"{expected:+.4f} [' in row and "full" not in row
     expected = sum(mae["gmd-all", seed] - mae["gmd", seed] for seed in (7, 8)) / 2
-    assert f"*gmd-all* minus *gmd*, MAE, mean of 7: {expected:+.4f} [" in text
+    assert f"*gmd-all* minus *gmd*: MAE, mean of 7 {expected:+.4f} [" in text
     assert "Missing in training: text 50%" in text and "Seeds 7 to 8" in text
 
 
