@@ -181,9 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed0", whole, f"the first of them; tuning seeds begin {TUNING} above", "N")
     add("--parts", _parts, "comma-separated", "LIST")
     add("--threads", positive_int, "torch threads", "N")
-    parser.add_argument(
-        "--quick", action="store_true", help="few steps, 2 seeds")
-    )
+    parser.add_argument("--quick", action="store_true", help="few steps, 2 seeds")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="result folder (default: results/regimes-DATE)"
     )
