@@ -76,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = results.new_folder(wanted, (results.RESULTS, UNFINISHED))
         if folder != wanted:
             print(f"{wanted} holds another run; writing to {folder}", file=sys.stderr)
+        if "quick" in options:
+            options = {"seeds": 2, **options}
         content = _new(
             Config(**options), shlex.join(["python", "-m", "benchmarks.regimes", *arguments])
         )

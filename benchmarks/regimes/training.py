@@ -285,7 +285,7 @@ def diagnosed(gramian: Tensor) -> Tensor:
     """(S, m, m) -> (3, S): rates of opposed losses and conflicting pairs, the log of dominance.
 
     As Decoupling's opposed(), conflict_rate() and the largest entry of dominance() beside the
-    diagonal, for a batch.
+    diagonal, for a batch. NaN where a training has diverged.
     """
     m = gramian.shape[-1]
     diagonal = gramian.diagonal(dim1=1, dim2=2)
@@ -294,7 +294,8 @@ def diagnosed(gramian: Tensor) -> Tensor:
     conflicts = (gramian[:, above] < 0).double().mean(1)
     others = gramian.abs() * (1 - torch.eye(m, dtype=gramian.dtype))
     dominance = (others / diagonal.unsqueeze(1).clamp(min=1e-300)).amax((1, 2))
-    return torch.stack([opposed, conflicts, dominance.clamp(min=1e-300).log()])
+    found = torch.stack([opposed, conflicts, dominance.clamp(min=1e-300).log()])
+    return torch.where(gramian.isfinite().all(2).all(1), found, torch.nan)
 
 
 # --- a setting -----------------------------------------------------------------------------------
