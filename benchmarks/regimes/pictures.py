@@ -172,7 +172,7 @@ def _draw_valley(axis: Axes) -> None:
         ("4000 steps", (1.04, slow[4000, 1] - 0.02), BLUE),
         (f"gmd, {STEPS} steps:\nB stays solved", (0.08, -0.72), RED),
         ("best for both", (0.6, -1.1), BLACK),
-        ("valley of B,\n$u + v = 0$", (-0.22, -0.12), BLACK),
+        ("valley of B,\n$u + v = 0$", (-0.22, -0.2), BLACK),
     ]
     for text, place, color in notes:
         axis.text(*place, text, color=color, fontsize=10)

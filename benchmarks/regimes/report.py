@@ -16,6 +16,8 @@ __all__ = ["comparisons", "holm", "table", "verdicts"]
 
 Row = Mapping[str, Any]
 LEVEL = 0.05
+SAME = "not told apart"
+VERDICTS = {"beats": "better than the sum:", "loses to": "worse:", SAME: "not told apart:"}
 
 QUICK = "**A quick run: it shows that the program works, and nothing of the methods.**\n"
 WORDS = f"""\
@@ -47,6 +49,21 @@ serve the loss of right too; whom it ruins is in the table by combination.
 Missing: each half of a training or validation image is missing at random (left 80 %, right 20 %),
 drawn again where neither is left; a loss is over the images of the batch that have its
 combination, a batch has at least one that is complete, test images all are.
+"""
+
+PROOF = """\
+valley.png: L_A = s/2 (u - 1)², L_B = (u + v)²/2, steps along half the sum, from (0, 0); B is solved
+and the best point for both is (1, -1).
+
+1. Sum: u reaches 1 in a time of order 1/s while v hardly moves: B rises to 1/2. From there
+   u + v returns to 0 at rate 1/2, s times slower.
+2. gmd: where u + v > 0 and u < 1 the two conflict. A's row without its component along B's is
+   s (u - 1) / 2 (1, -1), which leaves u + v as it is; B's without that along A's is (0, u + v).
+3. So u + v only shrinks after the one step that leaves 0, while 1 - u shrinks at rate s/4: A is
+   solved in a time of order 1/s, and B stays so.
+
+On a line, L_A = s/2 (u - 1)², L_B = (u + 1)²/2: between -1 and 1 each row is all along the other,
+both vanish, and gmd stays where it is; the sum goes to (s - 1) / (s + 1).
 """
 
 
@@ -87,7 +104,7 @@ def comparisons(rows: Sequence[Row]) -> list[dict[str, Any]]:
         some = [one for one in found if one["part"] == part]
         for one, adjusted in zip(some, holm([one["p"] for one in some]), strict=True):
             better = "beats" if one["mean"] > 0 else "loses to"
-            one |= {"holm": adjusted, "verdict": better if adjusted < LEVEL else "not told apart"}
+            one |= {"holm": adjusted, "verdict": better if adjusted < LEVEL else SAME}
     return found
 
 
@@ -143,13 +160,12 @@ def _tallies(found: Sequence[Row]) -> list[str]:
 
 def _sentence(found: Sequence[Row]) -> str:
     said = []
-    for verdict, end in (("beats", "beat the sum"), ("loses to", "lose to it")):
-        some = [f"{one['method']} {_gain(one)}" for one in found if one["verdict"] == verdict]
-        said += [f"{', '.join(some)} {end}"] if some else []
-    same = [one["method"] for one in found if one["verdict"] == "not told apart"]
-    if same:
-        many = "no method is" if len(same) == len(found) else f"{', '.join(same)}: not"
-        said.append(f"{many} told apart from the sum")
+    for verdict, word in VERDICTS.items():
+        some = [one for one in found if one["verdict"] == verdict]
+        if len(some) == len(found) > 1 and verdict == SAME:
+            return "no method is told apart from the sum"
+        told = (f"{one['method']} {_gain(one)}" for one in some)
+        said += [f"{word} {', '.join(told)}"] if some else []
     return "; ".join(said)
 
 
@@ -212,6 +228,8 @@ def table(content: Mapping[str, Any]) -> str:
             _diagnoses(rows),
             "## How it was done\n",
             RULES,
+            "## The smallest example\n",
+            PROOF,
             f"Data: {data['source']}, {data['images']} images, SHA-256 {data['sha256']}.",
             f"Command: `{content['command']}`. "
             + ", ".join(f"{name} {version}" for name, version in content["environment"].items())

@@ -195,7 +195,7 @@ class Population:
     def step(self, take_rows: bool) -> None:
         """One step of all; the rules need rows, constant weights do not."""
         flat = self.flat.requires_grad_()
-        losses = losses_of(*self._at(self.batches[self.number], self.complete, flat))
+        losses = losses_of(*self._at(self.batches[self.number], flat))
         if take_rows:
             each = torch.eye(self.m, dtype=flat.dtype)
             rows = torch.autograd.grad(losses.sum(0), flat, each, is_grads_batched=True)[0]
@@ -209,10 +209,10 @@ class Population:
         """(S,) each, on "validation" or "test"; see :func:`scores_of`."""
         index = torch.stack([getattr(draw, split) for draw in self.draws])
         with torch.no_grad():
-            return scores_of(*self._at(index, self.complete, self.flat))
+            return scores_of(*self._at(index, self.flat))
 
     def _at(
-        self, index: Tensor, complete: Tensor, flat: Tensor
+        self, index: Tensor, flat: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, float | None]:
         """What :func:`losses_of` takes, for the images ``index`` (S, N)."""
         digits = Digits.load()
@@ -222,7 +222,7 @@ class Population:
             labels[..., COMBINATIONS.index("right")] += 1
             labels %= 10
         target = (digits.ink[index].to(flat) - self.center) / self.unit
-        chosen = complete.gather(1, index.unsqueeze(2).expand(-1, -1, complete.shape[2]))
+        chosen = self.complete.gather(1, index.unsqueeze(2).expand(labels.shape))
         return said, labels, target, chosen, self.setting.factor
 
     def _merged(self, rows: Tensor, losses: Tensor) -> Tensor:
