@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if options:
             parser.error(f"argument --resume: takes everything from {folder}; leave out the rest")
+        results.remove_stale(folder)  # of a run that was killed while it wrote
         try:
             content = json.loads((folder / UNFINISHED).read_text("utf-8"))
         except (OSError, ValueError) as error:

@@ -132,8 +132,8 @@ class Draw:
         available = torch.ones(len(ink), 2, dtype=torch.bool)
         wrong = order[:-rest] if missing else order[:0]
         while len(wrong) > 0:  # every image keeps a half
-            rates = torch.rand(len(wrong), 2, generator=generator)
-            available[wrong] = rates >= torch.tensor(RATES)
+            drawn = torch.rand(len(wrong), 2, generator=generator)
+            available[wrong] = drawn >= torch.tensor(RATES)
             wrong = wrong[~available[wrong].any(1)]
         self.complete = (available[:, None] | ~MEMBERS).all(2)
         self.batches = torch.empty(steps, BATCH, dtype=torch.long)

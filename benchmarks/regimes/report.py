@@ -47,8 +47,9 @@ not at its end; of each training, the checkpoint with the best validation score 
 Contradiction: each combination is scored against the labels of its own loss, so a method must
 serve the loss of right too; whom it ruins is in the table by combination.
 Missing: each half of a training or validation image is missing at random (left 80 %, right 20 %),
-drawn again where neither is left; a loss is over the images of the batch that have its
-combination, a batch has at least one that is complete, test images all are.
+drawn again where neither is left: in the end left is missing in 76 %, right in 5 %, and 19 % are
+complete; a loss is over the images of the batch that have its combination, a batch has at least
+one that is complete, test images all are.
 """
 
 PROOF = """\

@@ -76,8 +76,8 @@ class Run(NamedTuple):
 
 
 def methods_of(setting: Setting) -> list[str]:
-    """Without a target to standardise there is one less."""
-    return [name for name, how in METHODS.items() if not how.standardised or not setting.factor]
+    """All, without standardised target where there is no target."""
+    return [name for name, how in METHODS.items() if setting.factor is None or not how.standardised]
 
 
 # --- the model -----------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ class Population:
         self.moments = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
         self.center = torch.tensor([[draw.center] for draw in self.draws], dtype=dtype)
         self.unit = torch.full_like(self.center, setting.unit)
-        self.factors = torch.ones(len(runs), self.m, dtype=dtype)
+        self.factors = torch.ones(len(runs), self.m, dtype=dtype)  # of LossBalance
         self.balances: dict[int, LossBalance] = {}
         for name, block in self.blocks.items():
             if METHODS[name].standardised:
@@ -257,7 +257,8 @@ class Population:
             seen = Decoupling(names, (), losses[row], gramian[row], weights[row])
             self.balances[place].update(seen)
             if found := self.balances[place].weights:
-                self.factors[place] = torch.tensor([found[name] for name in names]).to(self.lr)
+                own = [found[name] for name in names]
+                self.factors[place] = torch.tensor(own, dtype=self.factors.dtype)
 
     def _updated(self, flat: Tensor, gradient: Tensor) -> Tensor:
         """torch.optim's SGD and Adam with their defaults, but for a learning rate per model."""
