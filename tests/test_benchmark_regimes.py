@@ -355,6 +355,8 @@ def test_a_quick_run_from_end_to_end(tmp_path: Path) -> None:
 def test_an_interrupted_run_is_resumed_with_the_same_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name in ("draw_opposed", "draw_valley"):  # another test has them, and they take long
+        monkeypatch.setattr(regimes, name, lambda *_: None)
     arguments = ["--quick", "--parts", "contradiction", "--threads", "1", "--out"]
     assert regimes.main([*arguments, str(tmp_path / "whole")]) == 0
     study, calls = regimes.study, []
