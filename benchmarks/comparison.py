@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from scipy.stats import t as student_t
 
-__all__ = ["Comparison", "compare_all"]
+__all__ = ["LEVEL", "Comparison", "compare_all"]
 
 Key = TypeVar("Key", bound=Hashable)
 

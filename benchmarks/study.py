@@ -26,8 +26,6 @@ from benchmarks.results import RESULTS, format_spread, write_text
 __all__ = ["main"]
 
 STUDY = Path(__file__).with_name("STUDY.rst")
-# What the regimes benchmark calls the methods that the others call so.
-NAMES = {"gmd shared": "gmd", "gmd all": "gmd-all", "balance + gmd": "balance+gmd-all"}
 MARKS = "\n.. results\n", "\n.. end of results\n"
 
 
@@ -88,9 +86,7 @@ def of_regimes(content: Mapping[str, Any]) -> Findings:
     for row in content["rows"]:
         setting = f"{row['part']}: {row['setting']}"
         by_method = settings.setdefault(setting, {})
-        by_method.setdefault(NAMES.get(row["method"], row["method"]), {})[row["seed"]] = row[
-            "score"
-        ]
+        by_method.setdefault(row["method"], {})[row["seed"]] = row["score"]
         if row["method"] == "sum":
             opposed.setdefault(setting, []).append(row["opposed_all"])
     measures = [Measure(setting, "score", 1, values) for setting, values in settings.items()]

@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _new(config: Config, command: str) -> dict[str, Any]:
     return {
-        "benchmark": "benchmarks.regimes",
+        "benchmark": "regimes",
         "command": command,
         "config": asdict(config),
         "environment": _versions(),

@@ -22,11 +22,11 @@ from gradsplit.rules import gmd
 __all__ = ["descend", "draw_gain", "draw_opposed", "draw_valley", "line_rows", "valley_rows"]
 
 LOOKS = {
-    "gmd shared": (RED, "D"),
-    "gmd all": (ORANGE, "d"),
+    "gmd": (RED, "D"),
+    "gmd-all": (ORANGE, "d"),
     "pcgrad": (GREEN, "^"),
     "balance": (SKY, "s"),
-    "balance + gmd": (PURPLE, "P"),
+    "balance+gmd-all": (PURPLE, "P"),
     "standardised target": (BLACK, "o"),
 }
 PART_COLORS = {"units": BLUE, "long": SKY, "contradiction": RED, "missing": GREEN}

@@ -2,20 +2,20 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy.stats import spearmanr
 
-from benchmarks.gradients import compare
+from benchmarks.comparison import LEVEL, compare_all
 from benchmarks.regimes.data import COMBINATIONS, PARTS
 from benchmarks.regimes.training import FIRST
 from benchmarks.results import format_spread, markdown_table
 
-__all__ = ["comparisons", "holm", "table", "verdicts"]
+__all__ = ["comparisons", "opposed_of", "table", "verdicts"]
 
 Row = Mapping[str, Any]
-LEVEL = 0.05
 SAME = "not told apart"
 VERDICTS = {"beats": "better than the sum:", "loses to": "worse:", SAME: "not told apart:"}
 
@@ -27,11 +27,10 @@ WORDS = f"""\
 - [a, b]: 95 % t interval of the mean gain over seeds, for this comparison alone.
 - beats, loses to: p < {LEVEL} in a paired t test, after Holm's correction over all comparisons of
   the part. Not told apart: neither; that is no proof of equality.
-- sum: the mean of the losses' gradients. gmd, pcgrad: conflicts removed by the library's rules.
-- shared: on the parameters that every loss reaches, the plain mean elsewhere (pcgrad too).
-- all: the Gramian is of all parameters, the weights apply to all.
+- sum: the mean of the losses' gradients. gmd, pcgrad: conflicts removed by the library's rules on
+  the parameters that every loss reaches, the plain mean elsewhere. gmd-all: on all parameters.
 - balance: constant weights from the gradient norms of the first 20 steps, as LossBalance gives
-  them (on the shared parameters; with gmd, on all); those 20 steps have weights of 1.
+  them (on the shared parameters; with gmd-all, on all); those 20 steps have weights of 1.
 - standardised target: the sum, with the ink divided by its standard deviation in train.
 - unit: what the ink (grey levels, standard deviation about 34) is divided by: 1 is raw.
 - weight: what the loss of right, whose labels are the digit + 1 modulo 10, is multiplied by.
@@ -71,15 +70,6 @@ both vanish, and gmd stays where it is; the sum goes to (s - 1) / (s + 1).
 # --- comparisons ---------------------------------------------------------------------------------
 
 
-def holm(values: Sequence[float]) -> list[float]:
-    """p values, adjusted for all of them (Holm 1979)."""
-    adjusted, largest = [0.0] * len(values), 0.0
-    for rank, place in enumerate(sorted(range(len(values)), key=lambda i: values[i])):
-        largest = max(largest, min(1.0, (len(values) - rank) * values[place]))
-        adjusted[place] = largest
-    return adjusted
-
-
 def by_setting(rows: Sequence[Row]) -> dict[tuple[str, str], dict[str, list[Row]]]:
     """(part, setting) -> method -> rows, in the order of the rows."""
     found: dict[tuple[str, str], dict[str, list[Row]]] = {}
@@ -90,31 +80,30 @@ def by_setting(rows: Sequence[Row]) -> dict[tuple[str, str], dict[str, list[Row]
 
 
 def comparisons(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Every method against the sum, by setting; p values are adjusted over a part."""
+    """Every method against the sum, by setting; p values are corrected over a part."""
     found: list[dict[str, Any]] = []
-    for (part, setting), methods in by_setting(rows).items():
-        sums = {row["seed"]: row["score"] for row in methods["sum"]}
-        for method, own in methods.items():
-            if method == "sum":
-                continue
-            differences = [row["score"] - sums[row["seed"]] for row in own]
-            one = compare(method, "score", differences)
-            where = {"part": part, "setting": setting, "optimizer": own[0]["optimizer"]}
-            found.append({**where, **one, "p": _p_value(differences)})
-    for part in dict.fromkeys(one["part"] for one in found):
-        some = [one for one in found if one["part"] == part]
-        for one, adjusted in zip(some, holm([one["p"] for one in some]), strict=True):
-            better = "beats" if one["mean"] > 0 else "loses to"
-            one |= {"holm": adjusted, "verdict": better if adjusted < LEVEL else SAME}
+    settings = by_setting(rows)
+    for part in dict.fromkeys(part for part, _ in settings):
+        differences = {}
+        for setting, methods in ((name, m) for (of, name), m in settings.items() if of == part):
+            sums = {row["seed"]: row["score"] for row in methods["sum"]}
+            for method, own in methods.items():
+                if method != "sum":
+                    where = setting, method, own[0]["optimizer"]
+                    differences[where] = [row["score"] - sums[row["seed"]] for row in own]
+        for (setting, method, optimizer), one in compare_all(differences).items():
+            better = "beats" if one.mean > 0 else "loses to"
+            found.append(
+                {
+                    "part": part,
+                    "setting": setting,
+                    "method": method,
+                    "optimizer": optimizer,
+                    **asdict(one),
+                    "verdict": better if one.shown else SAME,
+                }
+            )
     return found
-
-
-def _p_value(differences: Sequence[float]) -> float:
-    if len(differences) < 2 or not any(differences):
-        return 1.0  # one seed shows nothing, and equal scores no difference
-    if len(set(differences)) == 1:
-        return 0.0
-    return float(stats.ttest_1samp(differences, 0.0).pvalue)
 
 
 def opposed_of(rows: Sequence[Row]) -> dict[tuple[str, str], float]:
@@ -200,7 +189,7 @@ def _relation(found: Sequence[Row], opposed: Mapping[tuple[str, str], float]) ->
         rates = [opposed[one["part"], one["setting"]] for one in own]
         gains = [one["mean"] for one in own]
         if len(own) > 3 and min(len(set(rates)), len(set(gains))) > 1:
-            said.append(f"{method} {float(stats.spearmanr(rates, gains).statistic):+.2f}")
+            said.append(f"{method} {float(spearmanr(rates, gains).statistic):+.2f}")
     start = "- Rank correlation over settings of the gain with the opposed rate of the sum's runs"
     return [f"{start}: {', '.join(said)}."] if said else []
 
@@ -256,7 +245,7 @@ def _gains(rows: Sequence[Row], found: Sequence[Row]) -> str:
                     format_spread([100 * row["accuracy"] for row in own], 1),
                     format_spread(r2, 3) if r2 else "-",
                     "-" if one is None else _gain(one),
-                    "-" if one is None else f"{one['holm']:.2g}",
+                    "-" if one is None or one["p"] is None else f"{one['p']:.2g}",
                     "-" if one is None else one["verdict"],
                 ]
             )

@@ -58,11 +58,11 @@ class Method(NamedTuple):
 
 METHODS = {
     "sum": Method("sum"),
-    "gmd shared": Method("gmd"),
-    "gmd all": Method("gmd", everywhere=True),
+    "gmd": Method("gmd"),
+    "gmd-all": Method("gmd", everywhere=True),
     "pcgrad": Method("pcgrad"),
     "balance": Method("sum", balanced=True),
-    "balance + gmd": Method("gmd", everywhere=True, balanced=True),
+    "balance+gmd-all": Method("gmd", everywhere=True, balanced=True),
     "standardised target": Method("sum", standardised=True),
 }
 
