@@ -65,7 +65,7 @@ def of_sentiment(content: Mapping[str, Any]) -> Findings:
         _measure(content, "MAE, weakest alone", 4, weakest),
     ]
     source = "synthetic data" if content["data"]["synthetic"] else "MOSI"
-    return Findings(f"{source}. {title}", measures, [*_scopes(measures[:1]), _seen(content)], {})
+    return Findings(f"{source}. {title}", measures, [*_also(measures[:1]), _seen(content)], {})
 
 
 def of_brats(content: Mapping[str, Any]) -> Findings:
@@ -91,7 +91,7 @@ def of_regimes(content: Mapping[str, Any]) -> Findings:
             opposed.setdefault(setting, []).append(row["opposed_all"])
     measures = [Measure(setting, "score", 1, values) for setting, values in settings.items()]
     rates = {setting: statistics.fmean(values) for setting, values in opposed.items()}
-    return Findings("Digits", measures, _scopes(measures), rates)
+    return Findings("Digits", measures, _also(measures), rates)
 
 
 READERS = {"sentiment": of_sentiment, "brats": of_brats, "regimes": of_regimes}
@@ -125,22 +125,22 @@ def _seen(content: Mapping[str, Any]) -> str:
     return " ".join(lines)
 
 
-def _scopes(measures: Sequence[Measure]) -> list[str]:
-    """The line that decides on the default scope; corrected for all of ``measures``."""
-    differences = {}
-    for measure in measures:
-        everywhere, shared = measure.values.get("gmd-all"), measure.values.get("gmd")
-        if everywhere is not None and shared is not None:
-            where = measure.setting or measure.name
-            differences[where] = [everywhere[seed] - shared[seed] for seed in shared]
-    if not differences:
-        return []
-    digits = measures[0].digits
-    said = [
-        f"{where} {_difference(found, digits, bold=True)}"
-        for where, found in compare_all(differences).items()
-    ]
-    return [f"*gmd-all* minus *gmd*: {'; '.join(said)}."]
+def _also(measures: Sequence[Measure]) -> list[str]:
+    """What else the plan asks: scopes, and both at once; corrected for all of ``measures``."""
+    lines = []
+    for method, other in (("gmd-all", "gmd"), ("balance+gmd-all", "balance")):
+        differences = {}
+        for measure in measures:
+            ours, theirs = measure.values.get(method), measure.values.get(other)
+            if ours is not None and theirs is not None:
+                where = measure.setting or measure.name
+                differences[where] = [ours[seed] - theirs[seed] for seed in ours]
+        said = [
+            f"{where} {_difference(found, measures[0].digits, bold=True)}"
+            for where, found in compare_all(differences).items()
+        ]
+        lines += [f"*{method}* minus *{other}*: {'; '.join(said)}."] if said else []
+    return lines
 
 
 # --- writing -------------------------------------------------------------------------------------
