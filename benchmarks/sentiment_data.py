@@ -2,7 +2,9 @@
 
 The layout is ``{"train"|"valid"|"test": {"text": (N, T, d), "audio": ..., "vision": ...,
 "regression_labels": (N,), ...}}``, optionally with ``text_bert`` (N, 3, T), whose row 1 is the
-text's mask, and with ``audio_lengths`` and ``vision_lengths`` (absent in MMSA's aligned files).
+text's mask, and with ``audio_lengths`` and ``vision_lengths`` (absent in MMSA's aligned files:
+there, as in text without a mask, each modality ends at its own last frame that is not all zeros).
+A modality of which an utterance has no frame but zeros is unavailable for that utterance.
 :func:`load_file` and :func:`synthetic` give the same dictionary to the same parser.
 
 A pickle can run any code when it is opened. The unpickler here knows numpy arrays, scalars and
@@ -45,7 +47,10 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Split:
-    """Utterances of one split: features (N, T_m, d_m), lengths (N,), labels (N,)."""
+    """Utterances of one split: features (N, T_m, d_m), lengths (N,), labels (N,).
+
+    A length of 0 says that the utterance lacks the modality.
+    """
 
     features: dict[str, Tensor]
     lengths: dict[str, Tensor]
@@ -54,11 +59,19 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def available(self) -> Tensor:
+        """(N, 3) bool in the order of MODALITIES: which utterances have which modality."""
+        return torch.stack([self.lengths[name] > 0 for name in MODALITIES], dim=1)
+
     def batch(self, index: Tensor) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
-        """The utterances ``index``, each modality cropped to the longest one among them."""
+        """The utterances ``index``, each modality cropped to the longest one among them.
+
+        What an utterance lacks is one frame of zeros: leave it out of losses and scores.
+        """
         inputs = {}
         for name, features in self.features.items():
-            lengths = self.lengths[name][index]
+            lengths = self.lengths[name][index].clamp(min=1)
             longest = int(lengths.max())
             inputs[name] = features[index, :longest], lengths  # (B, longest, d), (B,)
         return inputs, self.labels[index]
@@ -97,15 +110,17 @@ class SentimentData:
         }
 
 
-def draw_available(count: int, rates: Mapping[str, float], generator: torch.Generator) -> Tensor:
-    """(count, 3) in the order of MODALITIES: which samples keep which modality.
+def draw_available(
+    present: Tensor, rates: Mapping[str, float], generator: torch.Generator
+) -> Tensor:
+    """(N, 3): which samples keep which of the modalities that they have, ``present`` (N, 3).
 
     Each is missing with its rate, independently; a sample that would keep none is drawn again.
     """
     missing = torch.tensor([rates.get(name, 0.0) for name in MODALITIES])
-    available = torch.zeros(count, len(MODALITIES), dtype=torch.bool)
-    while not available.any(1).all():
-        drawn = torch.rand(count, len(MODALITIES), generator=generator) >= missing
+    available = torch.zeros_like(present)
+    while (present.any(1) & ~available.any(1)).any():
+        drawn = present & (torch.rand(present.shape, generator=generator) >= missing)
         available = torch.where(available.any(1, keepdim=True), available, drawn)
     return available
 
@@ -173,18 +188,20 @@ class _SplitReader:
 
     def read(self) -> Split:
         labels = self._labels()
-        arrays = {name: self._features(name, len(labels)) for name in MODALITIES}
-        text_lengths = self._text_lengths(arrays["text"])
-        lengths = {"text": text_lengths}
-        for name in ("audio", "vision"):
-            lengths[name] = self._lengths(name, arrays[name], arrays["text"], text_lengths)
+        features, lengths = {}, {}
         for name in MODALITIES:
-            lengths[name] = self._clamp_lengths(name, lengths[name], arrays[name].shape[1])
-        return Split(
-            features={name: torch.from_numpy(array) for name, array in arrays.items()},
-            lengths={name: torch.from_numpy(length) for name, length in lengths.items()},
-            labels=torch.from_numpy(labels),
-        )
+            array = self._features(name, len(labels))
+            features[name] = torch.from_numpy(array)
+            lengths[name] = torch.from_numpy(self._lengths(name, array))
+        split = Split(features, lengths, torch.from_numpy(labels))
+        if not (split.available.all(1) & (split.labels != 0)).any():
+            self._fail(
+                ", ".join(MODALITIES),
+                "no utterance with a label other than 0 has all three",
+                "no score can be given for their combination: give a split in which some have, "
+                "with frames that are not all zeros",
+            )
+        return split
 
     def _labels(self) -> Array:
         key = "regression_labels"
@@ -215,9 +232,32 @@ class _SplitReader:
         self._count(name, "nonfinite_values", bad)
         return array
 
-    def _text_lengths(self, text: Array) -> Array:
-        if "text_bert" not in self.raw:
-            return _without_trailing_zeros(text)
+    def _lengths(self, name: str, array: Array) -> Array:
+        """(N,): the file's; else up to the last frame that is not all zeros. 0: has none at all."""
+        steps = array.shape[1]
+        occupied = (array != 0).any(axis=2)  # (N, T)
+        if f"{name}_lengths" in self.raw and name != "text":
+            lengths = self._given_lengths(f"{name}_lengths", len(array))
+            self._count(name, "lengths_beyond_the_end", lengths > steps)
+            lengths = lengths.clip(max=steps)
+        elif name == "text" and "text_bert" in self.raw:
+            lengths = _end(self._text_mask(array))
+        else:
+            lengths = _end(occupied)
+        inside = np.arange(steps) < lengths[:, None]
+        lengths[~(occupied & inside).any(axis=1)] = 0
+        self._count(name, "empty_utterances", lengths == 0)
+        return lengths
+
+    def _given_lengths(self, key: str, count: int) -> Array:
+        lengths = self._column(key)
+        if lengths.shape != (count,):
+            self._fail(key, f"got shape {lengths.shape}", f"expected ({count},)")
+        if not np.isfinite(lengths).all() or (lengths < 0).any() or (lengths % 1 != 0).any():
+            self._fail(key, "got values that are no lengths", "expected whole numbers from 0 on")
+        return lengths.astype(np.int64)
+
+    def _text_mask(self, text: Array) -> Array:
         tokens = self._numbers("text_bert")
         if tokens.shape != (len(text), 3, text.shape[1]):
             self._fail(
@@ -225,26 +265,8 @@ class _SplitReader:
                 f"got shape {tokens.shape}",
                 f"expected {(len(text), 3, text.shape[1])}, whose row 1 masks the text's steps",
             )
-        return _without_trailing_zeros(tokens[:, 1, :, None])
-
-    def _lengths(self, name: str, array: Array, text: Array, text_lengths: Array) -> Array:
-        """The file's lengths; else the text's, where aligned; else without trailing zeros."""
-        key = f"{name}_lengths"
-        if key not in self.raw:
-            aligned = array.shape[1] == text.shape[1]
-            return text_lengths.copy() if aligned else _without_trailing_zeros(array)
-        lengths = self._column(key)
-        if lengths.shape != (len(array),):
-            self._fail(key, f"got shape {lengths.shape}", f"expected ({len(array)},)")
-        if not np.isfinite(lengths).all() or (lengths < 0).any() or (lengths % 1 != 0).any():
-            self._fail(key, "got values that are no lengths", "expected whole numbers from 0 on")
-        return lengths.astype(np.int64)
-
-    def _clamp_lengths(self, name: str, lengths: Array, steps: int) -> Array:
-        """An utterance keeps at least one frame (a zero one), and no more than there are."""
-        self._count(name, "empty_utterances", lengths < 1)
-        self._count(name, "lengths_beyond_the_end", lengths > steps)
-        return lengths.clip(1, steps)
+        mask: Array = tokens[:, 1] != 0
+        return mask
 
     def _column(self, key: str) -> Array:
         """One number per utterance: (N,), or (N, 1) and (N, 1, 1) as other toolkits write it."""
@@ -270,11 +292,9 @@ class _SplitReader:
         raise ValueError(f"{self.source}: split {self.split!r}, key {key!r}: {got}; {advice}")
 
 
-def _without_trailing_zeros(array: Array) -> Array:
-    """(N, T, d) -> (N,): steps up to the last that is not all zeros."""
-    occupied = (array != 0).any(axis=2)
-    steps = occupied.shape[1]
-    last = steps - occupied[:, ::-1].argmax(axis=1)
+def _end(occupied: Array) -> Array:
+    """(N, T) -> (N,): steps up to the last occupied one."""
+    last = occupied.shape[1] - occupied[:, ::-1].argmax(axis=1)
     return np.where(occupied.any(axis=1), last, 0).astype(np.int64)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shlex
 import signal
 import subprocess
@@ -141,15 +142,22 @@ def test_summary_means_over_combinations_and_finds_the_worst() -> None:
 
 def test_missing_modalities_are_drawn_at_their_rates() -> None:
     rates = {"text": 0.2, "vision": 0.8}
-    drawn = draw_available(20_000, rates, torch.Generator().manual_seed(0))
+    drawn = draw_available(everything(20_000), rates, torch.Generator().manual_seed(0))
     assert drawn[:, 1].all(), "audio is never missing"
     assert_allclose(1 - drawn.double().mean(0).numpy(), [0.2, 0, 0.8], atol=0.01)
     both = (~drawn[:, 0] & ~drawn[:, 2]).double().mean()
     assert_allclose(both, 0.2 * 0.8, atol=0.01)
-    rare = draw_available(2_000, dict.fromkeys(MODALITIES, 0.9), torch.Generator().manual_seed(0))
-    assert rare.any(1).all()
-    again = draw_available(2_000, dict.fromkeys(MODALITIES, 0.9), torch.Generator().manual_seed(0))
-    assert torch.equal(rare, again)
+    present = everything(2_000)
+    present[:500, 0] = present[250:750, 1] = False
+    present[0] = False
+    high = dict.fromkeys(MODALITIES, 0.9)
+    rare = draw_available(present, high, torch.Generator().manual_seed(0))
+    assert rare[1:].any(1).all() and not (rare & ~present).any()
+    assert torch.equal(rare, draw_available(present, high, torch.Generator().manual_seed(0)))
+
+
+def everything(count: int) -> torch.Tensor:
+    return torch.ones(count, len(MODALITIES), dtype=torch.bool)
 
 
 def test_a_loss_is_over_the_samples_that_have_all_of_its_modalities(data: SentimentData) -> None:
@@ -160,7 +168,7 @@ def test_a_loss_is_over_the_samples_that_have_all_of_its_modalities(data: Sentim
     has, errors = {}, {}
     generator = torch.Generator().manual_seed(3)
     for name, split in (("train", train), ("valid", valid)):
-        available = draw_available(len(split), rates, generator).tolist()
+        available = draw_available(split.available, rates, generator).tolist()
         for combination in COMBINATIONS:
             has[name, "+".join(combination)] = [
                 number
@@ -187,6 +195,31 @@ def test_a_loss_is_over_the_samples_that_have_all_of_its_modalities(data: Sentim
             errors[name] = float(wrong.mean())
     found = mean_error(training.model, valid, training.has["valid"])
     assert_allclose(found, np.mean(list(errors.values())), rtol=1e-6)
+
+
+def test_what_an_utterance_lacks_counts_nowhere(tmp_path: Path, file: Path) -> None:
+    """Not in training, validation or test: the label of one without anything changes nothing."""
+    layout = pickle.loads(file.read_bytes())
+    for part in layout.values():
+        part["text"][:5] = part["audio"][4:6] = part["vision"][4:6] = 0
+    outcomes = []
+    for label in (3.0, -3.0):
+        for part in layout.values():
+            part["regression_labels"][4] = label
+        (tmp_path / "lacking.pkl").write_bytes(pickle.dumps(layout))
+        out = tmp_path / f"out{label}"
+        arguments = ["--data", str(tmp_path / "lacking.pkl"), "--methods", "sum,gmd", *SMALL]
+        assert main([*arguments, "--seeds", "2", "--epochs", "2", "--out", str(out)]) == 0
+        outcomes.append(outcome(out))
+    assert outcomes[0] == outcomes[1]
+    found = json.loads((out / "results.json").read_text())
+    assert found["data"]["cleaning"]["test"]["text"]["empty_utterances"] == 5
+    counts = {"text": 19, "audio": 22, "vision": 22, "audio+vision": 22}
+    assert found["test_utterances"] == {name: counts.get(name, 18) for name in NAMES}
+    table = (out / "table.md").read_text()
+    assert re.search(r"^\| text +\| 19 \|", table, re.M)
+    assert re.search(r"^\| \(train mean\) +\| 24 \|", table, re.M)
+    assert "gmd against sum, mean MAE over the 18 to 22 of 24 test utterances" in table
 
 
 def test_a_batch_in_which_no_combination_has_a_sample_is_passed_over(data: SentimentData) -> None:

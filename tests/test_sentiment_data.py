@@ -264,7 +264,7 @@ def test_text_ends_at_its_last_row_that_is_not_zero(layout: Layout) -> None:
     text[1, 1] = 0  # a zero row within
     text[2] = 0
     data = read(layout)
-    assert data.splits["train"].lengths["text"].tolist() == [2, 4, 1]
+    assert data.splits["train"].lengths["text"].tolist() == [2, 4, 0]
     assert data.cleaning["train"]["text"]["empty_utterances"] == 1
 
 
@@ -276,14 +276,36 @@ def test_text_bert_masks_the_text(layout: Layout) -> None:
     assert read(layout).splits["train"].lengths["text"].tolist() == [2, 1, 4]
 
 
-def test_aligned_files_take_the_lengths_of_the_text(layout: Layout) -> None:
+def test_in_aligned_files_each_modality_has_its_own_lengths(layout: Layout) -> None:
     for part in layout.values():
         del part["audio_lengths"], part["vision_lengths"]
         part["audio"] = np.ones((3, 4, 1), np.float32)
         part["vision"] = np.ones((3, 4, 3), np.float32)
-        part["text"][0, 3:] = 0
-    lengths = read(layout).splits["train"].lengths
-    assert [lengths[name].tolist() for name in MODALITIES] == [[3, 4, 4]] * 3
+        part["text"][0] = part["audio"][1, 2:] = part["vision"][2] = 0
+    split = read(layout).splits["train"]
+    lengths = [split.lengths[name].tolist() for name in MODALITIES]
+    assert lengths == [[0, 4, 4], [4, 2, 4], [4, 4, 0]]
+    assert split.available.tolist() == [[False, True, True], [True] * 3, [True, True, False]]
+    inputs, _ = split.batch(torch.tensor([0]))
+    assert inputs["text"][0].tolist() == [[[0, 0]]] and inputs["text"][1].tolist() == [1]
+
+
+def test_frames_of_zeros_alone_are_no_modality_whatever_length_they_are_given(
+    layout: Layout,
+) -> None:
+    layout["train"]["vision"][1] = 0
+    layout["train"]["text"][2] = 0
+    layout["train"]["text_bert"] = np.ones((3, 3, 4))
+    split = read(layout).splits["train"]
+    assert [split.lengths[name].tolist() for name in ("text", "vision")] == [[4, 4, 0], [2, 0, 2]]
+
+
+def test_a_split_without_a_complete_utterance_is_refused(layout: Layout) -> None:
+    layout["test"]["vision"][:2] = 0  # the third has the label 0
+    with pytest.raises(
+        ValueError, match=r"some\.pkl: split 'test', key 'text, audio, vision': no utterance"
+    ):
+        read(layout)
 
 
 def test_unaligned_files_without_lengths_end_at_the_last_nonzero_row(layout: Layout) -> None:
@@ -296,7 +318,7 @@ def test_unaligned_files_without_lengths_end_at_the_last_nonzero_row(layout: Lay
 def test_lengths_are_brought_into_range_and_counted(layout: Layout) -> None:
     layout["train"]["audio_lengths"] = [0, 9, 3]
     data = read(layout)
-    assert data.splits["train"].lengths["audio"].tolist() == [1, 5, 3]
+    assert data.splits["train"].lengths["audio"].tolist() == [0, 5, 3]
     counts = data.cleaning["train"]["audio"]
     assert counts == {"nonfinite_values": 0, "empty_utterances": 1, "lengths_beyond_the_end": 1}
 
