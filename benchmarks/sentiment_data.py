@@ -4,7 +4,9 @@ The layout is ``{"train"|"valid"|"test": {"text": (N, T, d), "audio": ..., "visi
 "regression_labels": (N,), ...}}``, optionally with ``text_bert`` (N, 3, T), whose row 1 is the
 text's mask, and with ``audio_lengths`` and ``vision_lengths`` (absent in MMSA's aligned files:
 there, as in text without a mask, each modality ends at its own last frame that is not all zeros).
-A modality of which an utterance has no frame but zeros is unavailable for that utterance.
+A modality of which an utterance has no frame but zeros is unavailable for that utterance. Frames of
+zeros at the front are padding, which is moved to the end, unless the file says that they are data:
+by the mask, or by a length that leaves no room for padding.
 :func:`load_file` and :func:`synthetic` give the same dictionary to the same parser.
 
 A pickle can run any code when it is opened. The unpickler here knows numpy arrays, scalars and
@@ -233,19 +235,28 @@ class _SplitReader:
         return array
 
     def _lengths(self, name: str, array: Array) -> Array:
-        """(N,): the file's; else up to the last frame that is not all zeros. 0: has none at all."""
+        """(N,): the file's; else without the zeros around. 0: has none. Moves padding to the end.
+
+        Where the file gives a length, and that many frames at the end hold all there is, the frames
+        before them are padding.
+        """
         steps = array.shape[1]
-        occupied = (array != 0).any(axis=2)  # (N, T)
+        frames = (array != 0).any(axis=2)  # (N, T)
+        masked = name == "text" and "text_bert" in self.raw
+        start, end = _extent(self._text_mask(array) if masked else frames)
+        lengths = end - start
         if f"{name}_lengths" in self.raw and name != "text":
             lengths = self._given_lengths(f"{name}_lengths", len(array))
             self._count(name, "lengths_beyond_the_end", lengths > steps)
             lengths = lengths.clip(max=steps)
-        elif name == "text" and "text_bert" in self.raw:
-            lengths = _end(self._text_mask(array))
-        else:
-            lengths = _end(occupied)
+            padding = steps - lengths
+            start = np.where((end > lengths) & (start >= padding), padding, 0)
+        self._count(name, "front_padded_utterances", start > 0)
+        for number in start.nonzero()[0]:
+            for each in (array, frames):
+                each[number] = np.roll(each[number], -start[number], axis=0)
         inside = np.arange(steps) < lengths[:, None]
-        lengths[~(occupied & inside).any(axis=1)] = 0
+        lengths[~(frames & inside).any(axis=1)] = 0
         self._count(name, "empty_utterances", lengths == 0)
         return lengths
 
@@ -292,10 +303,10 @@ class _SplitReader:
         raise ValueError(f"{self.source}: split {self.split!r}, key {key!r}: {got}; {advice}")
 
 
-def _end(occupied: Array) -> Array:
-    """(N, T) -> (N,): steps up to the last occupied one."""
+def _extent(occupied: Array) -> tuple[Array, Array]:
+    """(N, T) -> the first occupied step and the one after the last, (N,) each; 0, 0 if none is."""
     last = occupied.shape[1] - occupied[:, ::-1].argmax(axis=1)
-    return np.where(occupied.any(axis=1), last, 0).astype(np.int64)
+    return occupied.argmax(axis=1), np.where(occupied.any(axis=1), last, 0)
 
 
 def _check_widths(source: str, modality: str, splits: dict[str, Split]) -> None:
