@@ -368,6 +368,8 @@ def _main(arguments: list[str]) -> int:
 def _run(session: Session, data: SentimentData) -> int:
     config = Config(**session.config)
     torch.set_num_threads(config.threads)  # sums depend on how they are split
+    for remark in data.remarks():
+        print(remark, file=sys.stderr)
     try:
         session.save()  # from here on Ctrl-C loses at most an epoch
         session.train(

@@ -47,6 +47,17 @@ CHUNK = 1024  # utterances whose statistics are taken at once, to bound the floa
 Array = npt.NDArray[Any]
 
 
+# What was counted on reading -> what was done about it.
+CLEANED = {
+    "nonfinite_values": "values that are not finite, replaced by 0",
+    "lengths_beyond_the_end": "lengths beyond the last frame, cut to it",
+    "front_padded_utterances": "utterances with frames of zeros at the front, taken for padding",
+    "empty_utterances": "utterances without a frame or of zeros alone, where it is unavailable: "
+    "left out of every loss and score that needs it",
+    "clipped_values": f"values beyond {FEATURE_LIMIT:g} standard deviations, clipped",
+}
+
+
 @dataclass(frozen=True)
 class Split:
     """Utterances of one split: features (N, T_m, d_m), lengths (N,), labels (N,).
@@ -103,6 +114,37 @@ class SentimentData:
     def dims(self) -> dict[str, int]:
         """Feature width of each modality."""
         return {name: x.shape[2] for name, x in self.splits["train"].features.items()}
+
+    def remarks(self) -> list[str]:
+        """What there is to know about the data before the scores are believed, in words."""
+        said = []
+        for name, split in self.splits.items():
+            labels = split.labels
+            where = f"warning: {self.source}: split {name!r}, key 'regression_labels'"
+            if outside := int((labels.abs() > 3).sum()):
+                said.append(
+                    f"{where}: {outside} of {len(labels)} labels are outside [-3, 3], from "
+                    f"{float(labels.min()):g} to {float(labels.max()):g}; the errors and Acc-7 "
+                    "are made for MMSA's scale: rescale the labels, or remove these utterances"
+                )
+            if not ((labels < 0).any() and (labels > 0).any()):
+                absent = "negative" if (labels > 0).any() else "positive"
+                said.append(
+                    f"{where}: no label is {absent}; Acc-2 and F1 say nothing then: check how "
+                    "sentiment is coded, 0 has to be neutral"
+                )
+        for modality in MODALITIES:
+            for what, done in CLEANED.items():
+                counts = {name: self.cleaning[name][modality].get(what, 0) for name in self.splits}
+                if any(counts.values()):
+                    each = ", ".join(f"{name} {count}" for name, count in counts.items())
+                    said.append(f"{self.source}: key {modality!r}: {done}: {each}")
+            if constant := self.cleaning[f"constant_features_{modality}"]:
+                said.append(
+                    f"{self.source}: key {modality!r}: features that are the same in all frames of "
+                    f"train, not scaled: {constant} of {self.dims[modality]}"
+                )
+        return said
 
     def shapes(self) -> dict[str, dict[str, list[int]]]:
         """Shape of each feature tensor by split and modality."""
@@ -170,7 +212,10 @@ def parse(raw: Any, *, source: str, digest: str, max_frames: int) -> SentimentDa
     cleaning: dict[str, Any] = {name: reader.counts for name, reader in readers.items()}
     for modality in MODALITIES:
         _check_widths(source, modality, splits)
-        cleaning[f"constant_features_{modality}"] = _standardise(modality, splits)
+        constant, clipped = _standardise(modality, splits)
+        cleaning[f"constant_features_{modality}"] = constant
+        for name, count in clipped.items():
+            cleaning[name][modality]["clipped_values"] = count
     cleaning["max_frames"] = max_frames
     cleaning["standardised"] = (
         "per feature with mean and std of the valid frames of train, "
@@ -331,20 +376,27 @@ def _shorten(modality: str, split: Split, frames: int) -> None:
     split.lengths[modality] = lengths.clamp(max=frames)
 
 
-def _standardise(modality: str, splits: dict[str, Split]) -> int:
-    """In place; returns how many features do not vary over the frames of train."""
+def _standardise(modality: str, splits: dict[str, Split]) -> tuple[int, dict[str, int]]:
+    """In place.
+
+    Returns:
+        How many features do not vary over the frames of train; how many values of each split were
+        clipped.
+    """
     train = splits["train"].features[modality], splits["train"].lengths[modality]
     mean = _frame_mean(*train, shift=torch.zeros(train[0].shape[2], dtype=torch.float64), power=1)
     std = _frame_mean(*train, shift=mean, power=2).sqrt()
     # Rounding of a constant leaves a std of some 1e-8 of it, and dividing by that makes noise.
     constant = std <= 1e-6 * mean.abs()
     std[constant] = 1.0
-    for split in splits.values():
+    clipped = dict.fromkeys(splits, 0)
+    for name, split in splits.items():
         features = split.features[modality]
         for part, length in _chunks(features, split.lengths[modality]):
-            scaled = ((part - mean) / std).clamp(-FEATURE_LIMIT, FEATURE_LIMIT)
-            part.copy_(scaled.where(_valid(part, length)[..., None], 0.0))
-    return int(constant.sum())
+            scaled = ((part - mean) / std).where(_valid(part, length)[..., None], 0.0)
+            clipped[name] += int((scaled.abs() > FEATURE_LIMIT).sum())
+            part.copy_(scaled.clamp(-FEATURE_LIMIT, FEATURE_LIMIT))
+    return int(constant.sum()), clipped
 
 
 def _frame_mean(features: Tensor, lengths: Tensor, *, shift: Tensor, power: int) -> Tensor:

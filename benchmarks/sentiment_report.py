@@ -176,6 +176,7 @@ class Report:
                 "sha256": self.data.digest,
                 "shapes": self.data.shapes(),
                 "cleaning": self.data.cleaning,
+                "remarks": self.data.remarks(),
             },
             "selection": SELECTION,
             "combinations": NAMES,
@@ -226,6 +227,7 @@ class Report:
         seconds = sum(one["result"]["seconds"] for one in self.done)
         lines = [
             f"Data: {source}; SHA-256 `{data.digest}`; utterances: {sizes}.",
+            *data.remarks(),
             f"Command: `{self.command}`",
             f"Seeds: {', '.join(map(str, self.seeds))}. {SELECTION}",
             f"Hyperparameters: {hyperparameters}.",

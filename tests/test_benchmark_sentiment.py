@@ -535,6 +535,42 @@ def test_a_run_from_end_to_end(
     assert outcome(out) == outcome(tmp_path / "out-2"), "the same command, the same numbers"
 
 
+def test_what_is_odd_in_the_data_is_said(
+    tmp_path: Path, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layout = pickle.loads(file.read_bytes())
+    layout["train"]["regression_labels"][:2] = 1e30, -4
+    layout["valid"]["regression_labels"] = -abs(layout["valid"]["regression_labels"])
+    layout["train"]["audio"][0, 0, :3] = -np.inf
+    layout["test"]["audio"][0, 0, 3] = 1e9
+    layout["valid"]["text"][:, -3:] = 0
+    layout["valid"]["text"][1] = np.roll(layout["valid"]["text"][1], 3, axis=0)
+    layout["test"]["vision"][:2] = layout["train"]["vision"][..., 0] = 0
+    odd, out = tmp_path / "odd.pkl", tmp_path / "out"
+    odd.write_bytes(pickle.dumps(layout))
+    arguments = ["--data", str(odd), "--methods", "sum", "--seeds", "1", "--epochs", "1", *SMALL]
+    assert main([*arguments, "--out", str(out)]) == 0
+    expected = [
+        f"warning: {odd}: split 'train', key 'regression_labels': 2 of 24 labels are outside "
+        "[-3, 3], from -4 to 1e+30",
+        f"warning: {odd}: split 'valid', key 'regression_labels': no label is positive",
+        f"{odd}: key 'text': utterances with frames of zeros at the front, taken for padding: "
+        "train 0, valid 1, test 0",
+        f"{odd}: key 'audio': values that are not finite, replaced by 0: train 3, valid 0, test 0",
+        f"{odd}: key 'audio': values beyond 10 standard deviations, clipped: train 0, valid 0, "
+        "test 1",
+        f"{odd}: key 'vision': utterances without a frame or of zeros alone, where it is "
+        "unavailable: left out of every loss and score that needs it: train 0, valid 0, test 2",
+        f"{odd}: key 'vision': features that are the same in all frames of train, not scaled: 1 of "
+        "12",
+    ]
+    for text in (capsys.readouterr().err, (out / "table.md").read_text().replace("\n- ", "\n")):
+        said = [line for line in text.splitlines() if f"{odd}: " in line]
+        assert len(said) == len(expected), said
+        for line, start in zip(said, expected, strict=True):
+            assert line.startswith(start)
+
+
 def test_synthetic_results_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     main(["--methods", "sum", "--seeds", "1", "--epochs", "1", *SMALL, "--out", str(out)])
