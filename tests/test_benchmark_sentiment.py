@@ -519,7 +519,9 @@ def test_a_run_from_end_to_end(
     assert table in printed.out
     # in a log file, where there is no progress bar, what is going on
     begun = [line for line in printed.err.splitlines() if line.startswith("[3/8] ")]
-    assert len(begun) == 2 and begun[0] == "[3/8] gmd, seed 0"
+    assert len(begun) == 4 and begun[0] == "[3/8] gmd, seed 0"
+    told = r"\[3/8\] gmd, seed 0, epoch 2/2: train loss [0-9.]+, valid mae [0-9.]+"
+    assert re.fullmatch(told, begun[2])
     assert "synthetic" not in table.lower()
     assert found["data"]["sha256"] == results.file_sha256(file)
     assert found["data"]["sha256"] in table
@@ -662,6 +664,39 @@ def test_a_run_cut_off_anywhere_continues_exactly(
     capsys.readouterr()
     assert main(["--resume", str(out)]) == 0
     assert f"{out} is already finished" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a terminal as on POSIX")
+def test_resuming_on_a_terminal_says_from_where(
+    tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bar takes what was done before for done, not for work of the last second."""
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    train_epoch = Training.train_epoch
+
+    def interrupted(self: Training, progress: Any) -> None:
+        if self.epoch == 3:
+            raise KeyboardInterrupt
+        train_epoch(self, progress)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "train_epoch", interrupted)
+        main(["--data", str(file), "--methods", "full", "--epochs", "4", "--seeds", "1", *SMALL,
+              "--out", str(out)])  # fmt: skip
+    master, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 120, 0, 0))
+    command = [sys.executable, "-m", "benchmarks.sentiment", "--resume", str(out)]
+    subprocess.run(command, cwd=ROOT, stderr=terminal, stdout=subprocess.DEVNULL, check=True)
+    said = os.read(master, 100_000).decode()
+    os.close(terminal)
+    os.close(master)
+    assert "[1/1] full, seed 0: continues after epoch 3 of 4" in said
+    assert re.search(r"9/12 \[00:00<\?, ", said)
 
 
 def test_resuming_with_other_data_is_refused(
