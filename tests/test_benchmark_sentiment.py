@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -451,6 +452,10 @@ def test_checkpoints_that_are_cut_off_or_of_another_format_are_refused(tmp_path:
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match="not a checkpoint"):
         load_checkpoint(path)
+    torch.save({"format": 3, "made": Path("by another program")}, path)
+    with pytest.raises(ValueError, match="not a checkpoint") as refused:
+        load_checkpoint(path)
+    assert "weights_only" not in "".join(traceback.format_exception(refused.value))
     torch.save({"format": 99}, path)
     with pytest.raises(ValueError, match="format 99"):
         load_checkpoint(path)
