@@ -16,6 +16,7 @@ from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error
 
 from benchmarks import gradients, results
 from benchmarks.comparison import Comparison, compare_all
+from benchmarks.methods import MEASURES, definitions
 from benchmarks.pictures import draw_scores
 from benchmarks.sentiment_data import MODALITIES, SentimentData
 from gradsplit import modality_combinations
@@ -196,11 +197,11 @@ class Report:
         over = f"{seeds} seed{'s' if seeds > 1 else ''}"
         parts = [
             f"# Sentiment with missing modalities{note}\n",
+            *(self.sentence(method, found) + "\n" for method, found in self.compare().items()),
             self._provenance(),
             f"## Test, mean over the {len(NAMES)} combinations of available modalities{note}\n",
             self._main_table(),
             _NOTES.format(seeds=over),
-            *(self.sentence(method, found) + "\n" for method, found in self.compare().items()),
             f"## Test MAE per combination{note}\n",
             self._combination_table("mae"),
             *([] if self._complete() else [_LACKING.format(all=len(self.data.splits["test"]))]),
@@ -212,6 +213,8 @@ class Report:
                 f"## Gradients on the shared parameters, all training steps{note}\n",
                 gradients.gradient_table(self.seen, NAMES),
             ]
+        words = [*self.methods, *(MEASURES if self.seen else ())]
+        parts += [f"## Words{note}\n", definitions(words, "the shared parameters")]
         return "\n".join(parts)
 
     def _provenance(self) -> str:

@@ -578,11 +578,26 @@ def test_what_is_odd_in_the_data_is_said(
             assert line.startswith(start)
 
 
+def test_the_table_opens_with_the_verdict_and_says_what_its_words_mean(
+    tmp_path: Path, file: Path
+) -> None:
+    out = tmp_path / "out"
+    methods = ["--methods", ",".join(METHODS), "--seeds", "1", "--epochs", "1"]
+    main(["--data", str(file), *methods, *SMALL, "--out", str(out)])
+    title, verdict, *rest = (out / "table.md").read_text().split("\n\n")
+    assert verdict.startswith("gmd against sum, mean MAE: ")
+    measures = ["conflict", "opposed", "merged", "dominance", "alignment", "share"]
+    defined = re.findall(r"^- \*\*(.+)\*\*: .{20,}[.]$", rest[-1], re.M)
+    assert defined == [*METHODS, *measures]
+    (table,) = [part for part in rest if "pairs in conflict" in part]
+    assert all(measure in table for measure in measures)
+
+
 def test_synthetic_results_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     main(["--methods", "sum", "--seeds", "1", "--epochs", "1", *SMALL, "--out", str(out)])
     titles = [line for line in (out / "table.md").read_text().splitlines() if line[:1] == "#"]
-    assert len(titles) == 5
+    assert len(titles) == 6
     assert all("SYNTHETIC" in title for title in titles)
     assert json.loads((out / "results.json").read_text())["data"]["synthetic"] is True
 
