@@ -20,6 +20,7 @@ from benchmarks import gradients, results
 from benchmarks.brats_data import MODALITIES, BratsData
 from benchmarks.brats_metrics import METRICS
 from benchmarks.comparison import Comparison, compare_all
+from benchmarks.methods import MEASURES, definitions
 from benchmarks.pictures import draw_cases, draw_combinations
 from gradsplit import modality_combinations
 
@@ -227,13 +228,13 @@ class Report:
         )
         parts = [
             f"# Brain tumours with missing modalities{note}\n",
+            *(_filled(self.sentence(*item)) for item in self.compare().items()),
             self._provenance(),
             f"## Test Dice in %, by available modalities{note}\n",
             self._combination_table("dice", _percent),
             _filled(about + _DICE_NOTES + self._missing_note()),
             f"## Test, per method{note}\n",
             self._method_table(),
-            *(_filled(self.sentence(*item)) for item in self.compare().items()),
             f"## Test HD95 in mm, by available modalities{note}\n",
             self._combination_table("hd95", _millimetres),
             _filled(_HD95_NOTES),
@@ -246,6 +247,8 @@ class Report:
                 f"## Gradients on {self.scope}, all training steps{note}\n",
                 gradients.gradient_table(self.seen, self.names),
             ]
+        words = [*self.methods, *(MEASURES if self.seen else ())]
+        parts += [f"## Words{note}\n", definitions(words, self.scope)]
         return "\n".join(parts)
 
     def _provenance(self) -> str:

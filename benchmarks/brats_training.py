@@ -425,6 +425,7 @@ class Training:
         self.schedule = _schedule(
             self.optimizer, config.schedule, config.epochs * self.steps_per_epoch
         )
+        self.scheduled = 0  # steps that the schedule has to have made
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.sampler = sampler_of(method, config.combinations, MODALITIES, seed)
         self.balance = LossBalance() if METHODS[method].balanced else None
@@ -479,7 +480,10 @@ class Training:
         if window:
             with convolutions(self.config):
                 loss = self._step(window, combinations)
-        self.schedule.step()
+        self.scheduled += 1
+        # Not before the optimizer's first step: torch warns of schedules that run ahead of it.
+        while self.merges.weights and self.schedule.last_epoch < self.scheduled:
+            self.schedule.step()
         return loss
 
     def _step(self, window: Sequence[Sample], combinations: Sequence[Combination]) -> float:
@@ -662,6 +666,7 @@ class Training:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch = state["epoch"]
+        self.scheduled = self.epoch * self.steps_per_epoch
         self.seconds = state["seconds"]
         self.skipped = state["skipped"]
         self.history = state["history"]

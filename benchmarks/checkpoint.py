@@ -28,8 +28,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path}: not a checkpoint ({error}); start again") from error
+    except (RuntimeError, EOFError, pickle.UnpicklingError):
+        # torch's own words advise weights_only=False, which would run code from the file.
+        raise ValueError(
+            f"{path}: not a checkpoint of a benchmark, or cut off; put the right file back, "
+            "or start again"
+        ) from None
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT:
         raise ValueError(

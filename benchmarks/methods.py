@@ -1,6 +1,9 @@
-"""What the benchmarks compare: methods, and the combinations that each step trains on."""
+"""What the benchmarks compare: methods, and the combinations that each step trains on.
 
-from collections.abc import Callable, Mapping, Sequence
+And what the words of their tables mean.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +11,15 @@ from torch import Tensor
 
 from gradsplit import CombinationSampler, modality_combinations
 
-__all__ = ["METHODS", "FixedCombinations", "Method", "plain_sum", "sampler_of"]
+__all__ = [
+    "MEASURES",
+    "METHODS",
+    "FixedCombinations",
+    "Method",
+    "definitions",
+    "plain_sum",
+    "sampler_of",
+]
 
 Combination = tuple[str, ...]
 
@@ -43,6 +54,33 @@ METHODS: dict[str, Method] = {
     "balance": Method(balanced=True),
     "balance+gmd-all": Method("gmd", scope="all", balanced=True),
 }
+
+
+MEANINGS = {
+    "full": "trained on the combination of all modalities alone",
+    "sum": "trained on many combinations, their gradients added up as they are: the baseline",
+    "gmd": "the GMD paper's rule: of two gradients in conflict each loses its component along the "
+    "other, then all are added up; on {scope}",
+    "gmd-all": "gmd on all parameters, where its gradients are measured, too",
+    "pcgrad": "the rule in GMD's released code: each gradient loses its components along those in "
+    "conflict with it, one after another, then all are added up; on {scope}",
+    "balance": "sum, each loss weighted by one over its gradient's norm in the first 20 steps",
+    "balance+gmd-all": "gmd-all with the losses weighted as in balance",
+    "conflict": "two gradients that point against each other: their inner product is negative",
+    "opposed": "a loss that a small step along the sum of all gradients raises",
+    "merged": "what a method makes of the gradients of all losses, and the optimizer steps along",
+    "dominance": "of gradient j over k, |cos(j, k)| times the norm of j over that of k; the "
+    "largest of each step, in conflict or not",
+    "alignment": "the cosine between the merged gradient and the plain sum: 1 if only its length "
+    "changed",
+    "share": "the norm of one combination's gradient over the sum of the norms of all",
+}
+MEASURES = ("conflict", "opposed", "merged", "dominance", "alignment", "share")
+
+
+def definitions(words: Iterable[str], scope: str) -> str:
+    """A Markdown list: what these methods and measures are, on the parameters of ``scope``."""
+    return "".join(f"- **{word}**: {MEANINGS[word].format(scope=scope)}.\n" for word in words)
 
 
 class FixedCombinations:

@@ -16,9 +16,9 @@ balance          sum, weighted by the gradient norms of the first 20 steps (Loss
 balance+gmd-all  both
 
 The epoch with the best validation split (MAE, mean over all combinations) is tested on every
-combination of available modalities. Results go to results/sentiment-DATE: results.json, table.md,
-scores.png, angles.png, dominance.png. Ctrl-C leaves a checkpoint that --resume continues from
-exactly. On several ranks:
+combination of available modalities, over the utterances that have all of it. Results go to
+results/sentiment-DATE: results.json, table.md, scores.png, angles.png, dominance.png. Ctrl-C leaves
+a checkpoint that --resume continues from exactly. On several ranks:
 
     torchrun --nproc-per-node 2 -m benchmarks.sentiment ...
 
@@ -126,7 +126,10 @@ class Config:
 
 @torch.no_grad()
 def predict(model: SentimentTransformer, split: Split) -> Array:
-    """(7, N): the scores of every combination, in the order of COMBINATIONS."""
+    """(7, N): the scores of every combination, in the order of COMBINATIONS.
+
+    Where a sample lacks a modality of the combination, see :func:`having`, they mean nothing.
+    """
     model.eval()
 
     def scores(index: Tensor) -> Tensor:
@@ -141,11 +144,11 @@ def predict(model: SentimentTransformer, split: Split) -> Array:
 
 
 def evaluate(model: SentimentTransformer, split: Split) -> dict[str, dict[str, float]]:
-    """The metrics of every combination, by name."""
-    labels = split.labels.double().numpy()
+    """The metrics of every combination, by name, over the samples that have all of it."""
+    labels, has = split.labels.double().numpy(), having(split.available).numpy()
     return {
-        name: metrics(scores, labels)
-        for name, scores in zip(NAMES, predict(model, split), strict=True)
+        name: metrics(scores[rows], labels[rows])
+        for name, scores, rows in zip(NAMES, predict(model, split), has, strict=True)
     }
 
 
@@ -198,7 +201,7 @@ class Training:
         self.balance = LossBalance() if METHODS[method].balanced else None
         drawing = torch.Generator().manual_seed(seed)
         self.has = {
-            name: having(draw_available(len(data.splits[name]), config.missing, drawing))
+            name: having(draw_available(data.splits[name].available, config.missing, drawing))
             for name in ("train", "valid")
         }
         if ranks.rank() > 0:  # other samples, other dropout
@@ -365,6 +368,8 @@ def _main(arguments: list[str]) -> int:
 def _run(session: Session, data: SentimentData) -> int:
     config = Config(**session.config)
     torch.set_num_threads(config.threads)  # sums depend on how they are split
+    for remark in data.remarks():
+        print(remark, file=sys.stderr)
     try:
         session.save()  # from here on Ctrl-C loses at most an epoch
         session.train(

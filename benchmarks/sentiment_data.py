@@ -2,7 +2,11 @@
 
 The layout is ``{"train"|"valid"|"test": {"text": (N, T, d), "audio": ..., "vision": ...,
 "regression_labels": (N,), ...}}``, optionally with ``text_bert`` (N, 3, T), whose row 1 is the
-text's mask, and with ``audio_lengths`` and ``vision_lengths`` (absent in MMSA's aligned files).
+text's mask, and with ``audio_lengths`` and ``vision_lengths`` (absent in MMSA's aligned files:
+there, as in text without a mask, each modality ends at its own last frame that is not all zeros).
+A modality of which an utterance has no frame but zeros is unavailable for that utterance. Frames of
+zeros at the front are padding, which is moved to the end, unless the file says that they are data:
+by the mask, or by a length that leaves no room for padding.
 :func:`load_file` and :func:`synthetic` give the same dictionary to the same parser.
 
 A pickle can run any code when it is opened. The unpickler here knows numpy arrays, scalars and
@@ -43,9 +47,23 @@ CHUNK = 1024  # utterances whose statistics are taken at once, to bound the floa
 Array = npt.NDArray[Any]
 
 
+# What was counted on reading -> what was done about it.
+CLEANED = {
+    "nonfinite_values": "values that are not finite, replaced by 0",
+    "lengths_beyond_the_end": "lengths beyond the last frame, cut to it",
+    "front_padded_utterances": "utterances with frames of zeros at the front, taken for padding",
+    "empty_utterances": "utterances without a frame or of zeros alone, where it is unavailable: "
+    "left out of every loss and score that needs it",
+    "clipped_values": f"values beyond {FEATURE_LIMIT:g} standard deviations, clipped",
+}
+
+
 @dataclass(frozen=True)
 class Split:
-    """Utterances of one split: features (N, T_m, d_m), lengths (N,), labels (N,)."""
+    """Utterances of one split: features (N, T_m, d_m), lengths (N,), labels (N,).
+
+    A length of 0 says that the utterance lacks the modality.
+    """
 
     features: dict[str, Tensor]
     lengths: dict[str, Tensor]
@@ -54,11 +72,19 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def available(self) -> Tensor:
+        """(N, 3) bool in the order of MODALITIES: which utterances have which modality."""
+        return torch.stack([self.lengths[name] > 0 for name in MODALITIES], dim=1)
+
     def batch(self, index: Tensor) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
-        """The utterances ``index``, each modality cropped to the longest one among them."""
+        """The utterances ``index``, each modality cropped to the longest one among them.
+
+        What an utterance lacks is one frame of zeros: leave it out of losses and scores.
+        """
         inputs = {}
         for name, features in self.features.items():
-            lengths = self.lengths[name][index]
+            lengths = self.lengths[name][index].clamp(min=1)
             longest = int(lengths.max())
             inputs[name] = features[index, :longest], lengths  # (B, longest, d), (B,)
         return inputs, self.labels[index]
@@ -89,6 +115,37 @@ class SentimentData:
         """Feature width of each modality."""
         return {name: x.shape[2] for name, x in self.splits["train"].features.items()}
 
+    def remarks(self) -> list[str]:
+        """What there is to know about the data before the scores are believed, in words."""
+        said = []
+        for name, split in self.splits.items():
+            labels = split.labels
+            where = f"warning: {self.source}: split {name!r}, key 'regression_labels'"
+            if outside := int((labels.abs() > 3).sum()):
+                said.append(
+                    f"{where}: {outside} of {len(labels)} labels are outside [-3, 3], from "
+                    f"{float(labels.min()):g} to {float(labels.max()):g}; the errors and Acc-7 "
+                    "are made for MMSA's scale: rescale the labels, or remove these utterances"
+                )
+            if not ((labels < 0).any() and (labels > 0).any()):
+                absent = "negative" if (labels > 0).any() else "positive"
+                said.append(
+                    f"{where}: no label is {absent}; Acc-2 and F1 say nothing then: check how "
+                    "sentiment is coded, 0 has to be neutral"
+                )
+        for modality in MODALITIES:
+            for what, done in CLEANED.items():
+                counts = {name: self.cleaning[name][modality].get(what, 0) for name in self.splits}
+                if any(counts.values()):
+                    each = ", ".join(f"{name} {count}" for name, count in counts.items())
+                    said.append(f"{self.source}: key {modality!r}: {done}: {each}")
+            if constant := self.cleaning[f"constant_features_{modality}"]:
+                said.append(
+                    f"{self.source}: key {modality!r}: features that are the same in all frames of "
+                    f"train, not scaled: {constant} of {self.dims[modality]}"
+                )
+        return said
+
     def shapes(self) -> dict[str, dict[str, list[int]]]:
         """Shape of each feature tensor by split and modality."""
         return {
@@ -97,15 +154,17 @@ class SentimentData:
         }
 
 
-def draw_available(count: int, rates: Mapping[str, float], generator: torch.Generator) -> Tensor:
-    """(count, 3) in the order of MODALITIES: which samples keep which modality.
+def draw_available(
+    present: Tensor, rates: Mapping[str, float], generator: torch.Generator
+) -> Tensor:
+    """(N, 3): which samples keep which of the modalities that they have, ``present`` (N, 3).
 
     Each is missing with its rate, independently; a sample that would keep none is drawn again.
     """
     missing = torch.tensor([rates.get(name, 0.0) for name in MODALITIES])
-    available = torch.zeros(count, len(MODALITIES), dtype=torch.bool)
-    while not available.any(1).all():
-        drawn = torch.rand(count, len(MODALITIES), generator=generator) >= missing
+    available = torch.zeros_like(present)
+    while (present.any(1) & ~available.any(1)).any():
+        drawn = present & (torch.rand(present.shape, generator=generator) >= missing)
         available = torch.where(available.any(1, keepdim=True), available, drawn)
     return available
 
@@ -153,7 +212,10 @@ def parse(raw: Any, *, source: str, digest: str, max_frames: int) -> SentimentDa
     cleaning: dict[str, Any] = {name: reader.counts for name, reader in readers.items()}
     for modality in MODALITIES:
         _check_widths(source, modality, splits)
-        cleaning[f"constant_features_{modality}"] = _standardise(modality, splits)
+        constant, clipped = _standardise(modality, splits)
+        cleaning[f"constant_features_{modality}"] = constant
+        for name, count in clipped.items():
+            cleaning[name][modality]["clipped_values"] = count
     cleaning["max_frames"] = max_frames
     cleaning["standardised"] = (
         "per feature with mean and std of the valid frames of train, "
@@ -173,18 +235,20 @@ class _SplitReader:
 
     def read(self) -> Split:
         labels = self._labels()
-        arrays = {name: self._features(name, len(labels)) for name in MODALITIES}
-        text_lengths = self._text_lengths(arrays["text"])
-        lengths = {"text": text_lengths}
-        for name in ("audio", "vision"):
-            lengths[name] = self._lengths(name, arrays[name], arrays["text"], text_lengths)
+        features, lengths = {}, {}
         for name in MODALITIES:
-            lengths[name] = self._clamp_lengths(name, lengths[name], arrays[name].shape[1])
-        return Split(
-            features={name: torch.from_numpy(array) for name, array in arrays.items()},
-            lengths={name: torch.from_numpy(length) for name, length in lengths.items()},
-            labels=torch.from_numpy(labels),
-        )
+            array = self._features(name, len(labels))
+            features[name] = torch.from_numpy(array)
+            lengths[name] = torch.from_numpy(self._lengths(name, array))
+        split = Split(features, lengths, torch.from_numpy(labels))
+        if not (split.available.all(1) & (split.labels != 0)).any():
+            self._fail(
+                ", ".join(MODALITIES),
+                "no utterance with a label other than 0 has all three",
+                "no score can be given for their combination: give a split in which some have, "
+                "with frames that are not all zeros",
+            )
+        return split
 
     def _labels(self) -> Array:
         key = "regression_labels"
@@ -215,9 +279,41 @@ class _SplitReader:
         self._count(name, "nonfinite_values", bad)
         return array
 
-    def _text_lengths(self, text: Array) -> Array:
-        if "text_bert" not in self.raw:
-            return _without_trailing_zeros(text)
+    def _lengths(self, name: str, array: Array) -> Array:
+        """(N,): the file's; else without the zeros around. 0: has none. Moves padding to the end.
+
+        Where the file gives a length, and that many frames at the end hold all there is, the frames
+        before them are padding.
+        """
+        steps = array.shape[1]
+        frames = (array != 0).any(axis=2)  # (N, T)
+        masked = name == "text" and "text_bert" in self.raw
+        start, end = _extent(self._text_mask(array) if masked else frames)
+        lengths = end - start
+        if f"{name}_lengths" in self.raw and name != "text":
+            lengths = self._given_lengths(f"{name}_lengths", len(array))
+            self._count(name, "lengths_beyond_the_end", lengths > steps)
+            lengths = lengths.clip(max=steps)
+            padding = steps - lengths
+            start = np.where((end > lengths) & (start >= padding), padding, 0)
+        self._count(name, "front_padded_utterances", start > 0)
+        for number in start.nonzero()[0]:
+            for each in (array, frames):
+                each[number] = np.roll(each[number], -start[number], axis=0)
+        inside = np.arange(steps) < lengths[:, None]
+        lengths[~(frames & inside).any(axis=1)] = 0
+        self._count(name, "empty_utterances", lengths == 0)
+        return lengths
+
+    def _given_lengths(self, key: str, count: int) -> Array:
+        lengths = self._column(key)
+        if lengths.shape != (count,):
+            self._fail(key, f"got shape {lengths.shape}", f"expected ({count},)")
+        if not np.isfinite(lengths).all() or (lengths < 0).any() or (lengths % 1 != 0).any():
+            self._fail(key, "got values that are no lengths", "expected whole numbers from 0 on")
+        return lengths.astype(np.int64)
+
+    def _text_mask(self, text: Array) -> Array:
         tokens = self._numbers("text_bert")
         if tokens.shape != (len(text), 3, text.shape[1]):
             self._fail(
@@ -225,26 +321,8 @@ class _SplitReader:
                 f"got shape {tokens.shape}",
                 f"expected {(len(text), 3, text.shape[1])}, whose row 1 masks the text's steps",
             )
-        return _without_trailing_zeros(tokens[:, 1, :, None])
-
-    def _lengths(self, name: str, array: Array, text: Array, text_lengths: Array) -> Array:
-        """The file's lengths; else the text's, where aligned; else without trailing zeros."""
-        key = f"{name}_lengths"
-        if key not in self.raw:
-            aligned = array.shape[1] == text.shape[1]
-            return text_lengths.copy() if aligned else _without_trailing_zeros(array)
-        lengths = self._column(key)
-        if lengths.shape != (len(array),):
-            self._fail(key, f"got shape {lengths.shape}", f"expected ({len(array)},)")
-        if not np.isfinite(lengths).all() or (lengths < 0).any() or (lengths % 1 != 0).any():
-            self._fail(key, "got values that are no lengths", "expected whole numbers from 0 on")
-        return lengths.astype(np.int64)
-
-    def _clamp_lengths(self, name: str, lengths: Array, steps: int) -> Array:
-        """An utterance keeps at least one frame (a zero one), and no more than there are."""
-        self._count(name, "empty_utterances", lengths < 1)
-        self._count(name, "lengths_beyond_the_end", lengths > steps)
-        return lengths.clip(1, steps)
+        mask: Array = tokens[:, 1] != 0
+        return mask
 
     def _column(self, key: str) -> Array:
         """One number per utterance: (N,), or (N, 1) and (N, 1, 1) as other toolkits write it."""
@@ -270,12 +348,10 @@ class _SplitReader:
         raise ValueError(f"{self.source}: split {self.split!r}, key {key!r}: {got}; {advice}")
 
 
-def _without_trailing_zeros(array: Array) -> Array:
-    """(N, T, d) -> (N,): steps up to the last that is not all zeros."""
-    occupied = (array != 0).any(axis=2)
-    steps = occupied.shape[1]
-    last = steps - occupied[:, ::-1].argmax(axis=1)
-    return np.where(occupied.any(axis=1), last, 0).astype(np.int64)
+def _extent(occupied: Array) -> tuple[Array, Array]:
+    """(N, T) -> the first occupied step and the one after the last, (N,) each; 0, 0 if none is."""
+    last = occupied.shape[1] - occupied[:, ::-1].argmax(axis=1)
+    return occupied.argmax(axis=1), np.where(occupied.any(axis=1), last, 0)
 
 
 def _check_widths(source: str, modality: str, splits: dict[str, Split]) -> None:
@@ -300,20 +376,27 @@ def _shorten(modality: str, split: Split, frames: int) -> None:
     split.lengths[modality] = lengths.clamp(max=frames)
 
 
-def _standardise(modality: str, splits: dict[str, Split]) -> int:
-    """In place; returns how many features do not vary over the frames of train."""
+def _standardise(modality: str, splits: dict[str, Split]) -> tuple[int, dict[str, int]]:
+    """In place.
+
+    Returns:
+        How many features do not vary over the frames of train; how many values of each split were
+        clipped.
+    """
     train = splits["train"].features[modality], splits["train"].lengths[modality]
     mean = _frame_mean(*train, shift=torch.zeros(train[0].shape[2], dtype=torch.float64), power=1)
     std = _frame_mean(*train, shift=mean, power=2).sqrt()
     # Rounding of a constant leaves a std of some 1e-8 of it, and dividing by that makes noise.
     constant = std <= 1e-6 * mean.abs()
     std[constant] = 1.0
-    for split in splits.values():
+    clipped = dict.fromkeys(splits, 0)
+    for name, split in splits.items():
         features = split.features[modality]
         for part, length in _chunks(features, split.lengths[modality]):
-            scaled = ((part - mean) / std).clamp(-FEATURE_LIMIT, FEATURE_LIMIT)
-            part.copy_(scaled.where(_valid(part, length)[..., None], 0.0))
-    return int(constant.sum())
+            scaled = ((part - mean) / std).where(_valid(part, length)[..., None], 0.0)
+            clipped[name] += int((scaled.abs() > FEATURE_LIMIT).sum())
+            part.copy_(scaled.clamp(-FEATURE_LIMIT, FEATURE_LIMIT))
+    return int(constant.sum()), clipped
 
 
 def _frame_mean(features: Tensor, lengths: Tensor, *, shift: Tensor, power: int) -> Tensor:

@@ -16,6 +16,7 @@ from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error
 
 from benchmarks import gradients, results
 from benchmarks.comparison import Comparison, compare_all
+from benchmarks.methods import MEASURES, definitions
 from benchmarks.pictures import draw_scores
 from benchmarks.sentiment_data import MODALITIES, SentimentData
 from gradsplit import modality_combinations
@@ -52,6 +53,10 @@ unclipped score, Acc-7 on the score clipped to ±3 and rounded; "has 0": negativ
 non-negative; "non 0": negative against positive, zero labels left out; F1 weighted by class.
 Corr of a constant prediction is 0. Worst MAE: the combination with the highest. "train mean"
 predicts the mean label of train, whatever it is given.
+"""
+_LACKING = """\
+n: the test utterances that have all modalities of the combination; the rows are not over the same
+utterances, and cannot be compared with each other. The train mean is over all {all}.
 """
 
 
@@ -172,9 +177,11 @@ class Report:
                 "sha256": self.data.digest,
                 "shapes": self.data.shapes(),
                 "cleaning": self.data.cleaning,
+                "remarks": self.data.remarks(),
             },
             "selection": SELECTION,
             "combinations": NAMES,
+            "test_utterances": self.counts(),
             "constant_predictor": self.constant,
             "runs": runs,
             "comparisons": {
@@ -190,13 +197,14 @@ class Report:
         over = f"{seeds} seed{'s' if seeds > 1 else ''}"
         parts = [
             f"# Sentiment with missing modalities{note}\n",
+            *(self.sentence(method, found) + "\n" for method, found in self.compare().items()),
             self._provenance(),
             f"## Test, mean over the {len(NAMES)} combinations of available modalities{note}\n",
             self._main_table(),
             _NOTES.format(seeds=over),
-            *(self.sentence(method, found) + "\n" for method, found in self.compare().items()),
             f"## Test MAE per combination{note}\n",
             self._combination_table("mae"),
+            *([] if self._complete() else [_LACKING.format(all=len(self.data.splits["test"]))]),
             f"## Test Acc-2 without zero labels, per combination{note}\n",
             self._combination_table("acc2_non0"),
         ]
@@ -205,6 +213,8 @@ class Report:
                 f"## Gradients on the shared parameters, all training steps{note}\n",
                 gradients.gradient_table(self.seen, NAMES),
             ]
+        words = [*self.methods, *(MEASURES if self.seen else ())]
+        parts += [f"## Words{note}\n", definitions(words, "the shared parameters")]
         return "\n".join(parts)
 
     def _provenance(self) -> str:
@@ -220,6 +230,7 @@ class Report:
         seconds = sum(one["result"]["seconds"] for one in self.done)
         lines = [
             f"Data: {source}; SHA-256 `{data.digest}`; utterances: {sizes}.",
+            *data.remarks(),
             f"Command: `{self.command}`",
             f"Seeds: {', '.join(map(str, self.seeds))}. {SELECTION}",
             f"Hyperparameters: {hyperparameters}.",
@@ -241,12 +252,36 @@ class Report:
         return self.constant["mae" if name == "worst_mae" else name]
 
     def _combination_table(self, metric: str) -> str:
+        counted = not self._complete()
         rows = []
-        for number, name in enumerate(NAMES):
+        for number, (name, count) in enumerate(self.counts().items()):
             columns = [self.scores(method, metric)[:, number] for method in self.methods]
-            rows.append([name, *(results.format_spread(column.tolist()) for column in columns)])
-        rows.append(["(train mean)", *([f"{self.constant[metric]:.3f}"] * len(self.methods))])
-        return results.markdown_table(["available", *self.methods], rows)
+            cells = [results.format_spread(column.tolist()) for column in columns]
+            rows.append([name, *[str(count)] * counted, *cells])
+        constant = [f"{self.constant[metric]:.3f}"] * len(self.methods)
+        rows.append(["(train mean)", *[str(len(self.data.splits["test"]))] * counted, *constant])
+        return results.markdown_table(["available", *["n"] * counted, *self.methods], rows)
+
+    def counts(self) -> dict[str, int]:
+        """By combination: the test utterances that have all of its modalities."""
+        available = self.data.splits["test"].available
+        return {
+            name: int(available[:, [MODALITIES.index(one) for one in name.split("+")]].all(1).sum())
+            for name in NAMES
+        }
+
+    def _complete(self) -> bool:
+        return min(self.counts().values()) == len(self.data.splits["test"])
+
+    def _over(self) -> str:
+        """What the scores are over, for sentences, where that is not the whole test split."""
+        if self._complete():
+            return ""
+        least, most = min(self.counts().values()), max(self.counts().values())
+        return (
+            f" over the {least} to {most} of {len(self.data.splits['test'])} test utterances that "
+            "have all modalities of a combination"
+        )
 
     def compare(self) -> dict[str, Comparison]:
         """Mean MAE of each method but full, less that of sum, seed by seed; negative: better."""
@@ -265,7 +300,7 @@ class Report:
 
     def sentence(self, method: str, found: Comparison) -> str:
         n = len(found.differences)
-        start = f"{method} against sum, mean MAE: {found.mean:+.4f}"
+        start = f"{method} against sum, mean MAE{self._over()}: {found.mean:+.4f}"
         if found.interval is None:
             return f"{start} with one seed; that says nothing about noise: run more seeds."
         low, high = found.interval

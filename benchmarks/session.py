@@ -28,6 +28,7 @@ class Training(Protocol):
     method: str
     seed: int
     epoch: int
+    history: list[dict[str, float | None]]  # of the epochs: what there is to tell
 
     def train_epoch(self, progress: Any) -> None:
         """Train and validate; adds what it did to the bar ``progress``."""
@@ -47,6 +48,11 @@ class Training(Protocol):
 
 def _nothing(training: Any) -> None:
     """In place of what rank 0 does alone."""
+
+
+def _told(epoch: Mapping[str, float | None]) -> str:
+    known = {name: value for name, value in epoch.items() if value is not None}
+    return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in known.items())
 
 
 class Session:
@@ -200,21 +206,24 @@ class Session:
         """
         if ranks.rank() > 0:
             saved = _nothing
+        before = len(self.done) * epochs + (self.current["epoch"] if self.current else 0)
         with tqdm(
             total=len(plan) * epochs * epoch_length,
-            initial=len(self.done) * epochs * epoch_length,
+            initial=before * epoch_length,
             disable=not sys.stderr.isatty(),
             unit=unit,
         ) as progress:
             for number, (method, seed) in enumerate(plan[len(self.done) :], len(self.done) + 1):
                 progress.set_description(f"{method}, seed {seed}")
+                name = f"[{number}/{len(plan)}] {method}, seed {seed}"
                 if progress.disable:  # a log file: say at least what takes so long
-                    print(f"[{number}/{len(plan)}] {method}, seed {seed}", file=sys.stderr)
+                    print(name, file=sys.stderr)
                 training = begin(method, seed)
                 if self.current is not None:
                     training.load_state_dict(self.current)
                     saved(training)  # the kill may have come before
-                    progress.update(training.epoch * epoch_length)
+                    said = f"{name}: continues after epoch {training.epoch} of {epochs}"
+                    progress.write(said, file=sys.stderr)
                 epoch = training.epoch
                 try:
                     while training.epoch < epochs:
@@ -222,6 +231,9 @@ class Session:
                         training.train_epoch(progress)
                         self._save(training)
                         saved(training)
+                        if progress.disable:
+                            said = f"{name}, epoch {epoch}/{epochs}: {_told(training.history[-1])}"
+                            print(said, file=sys.stderr)
                     kept = training.finish(partial(self._save, training))
                 except Diverged as error:
                     where = f"{method}, seed {seed}, epoch {epoch}"

@@ -770,6 +770,23 @@ def test_a_step_that_overflows_is_skipped_and_counted(prepared: Prepared) -> Non
     assert continued.skipped == 1
 
 
+@pytest.mark.parametrize("passed_over", [True, False])
+def test_a_schedule_waits_for_the_first_step(
+    prepared: Prepared, passed_over: bool, recwarn: pytest.WarningsRecorder
+) -> None:
+    """And makes up for it: torch warns of none that runs ahead, and the end is where it was."""
+    training = Training(small(amp="fp16", epochs=4, lr=1e-3), prepared, "gmd", 0)
+    scale = {**training.scaler.state_dict(), "scale": 2.0**60}
+    rates = []
+    for number, batch in enumerate(batches_of(prepared) + batches_of(prepared, epoch=1)):
+        training.scaler.load_state_dict({**scale, "scale": 64.0} if number > 1 else scale)
+        training.step([] if number < 2 and passed_over else [batch])
+        rates.append(training.schedule.get_last_lr()[0])
+    expected = [1e-3 * (1 - number / 8) ** 0.9 for number in (0, 0, 3, 4)]
+    assert_allclose(rates, expected, rtol=1e-6)
+    assert not [str(one.message) for one in recwarn if "lr_scheduler" in str(one.message)]
+
+
 def test_a_training_of_skipped_steps_alone_is_finished(prepared: Prepared) -> None:
     training = Training(small(amp="fp16", batch_size=4), prepared, "gmd", 0)
     training.scaler.load_state_dict({**training.scaler.state_dict(), "scale": 2.0**60})

@@ -243,7 +243,7 @@ def test_a_sentiment_run_on_ranks(tmp_path: Path, file: Path, start: Start) -> N
     environment = json.loads((tmp_path / "two/results.json").read_text())["environment"]
     assert environment["ranks"] == "2"
     begun = [line for line in many.said(0).splitlines() if line.startswith("[2/2] ")]
-    assert len(begun) == 2 and begun[0] == "[2/2] gmd, seed 0"
+    assert len(begun) == 4 and begun[0] == "[2/2] gmd, seed 0"
     assert many.said(1) == (many.log / "1.out").read_text() == ""
 
 

@@ -3,11 +3,13 @@
 import json
 import os
 import pickle
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -141,15 +143,22 @@ def test_summary_means_over_combinations_and_finds_the_worst() -> None:
 
 def test_missing_modalities_are_drawn_at_their_rates() -> None:
     rates = {"text": 0.2, "vision": 0.8}
-    drawn = draw_available(20_000, rates, torch.Generator().manual_seed(0))
+    drawn = draw_available(everything(20_000), rates, torch.Generator().manual_seed(0))
     assert drawn[:, 1].all(), "audio is never missing"
     assert_allclose(1 - drawn.double().mean(0).numpy(), [0.2, 0, 0.8], atol=0.01)
     both = (~drawn[:, 0] & ~drawn[:, 2]).double().mean()
     assert_allclose(both, 0.2 * 0.8, atol=0.01)
-    rare = draw_available(2_000, dict.fromkeys(MODALITIES, 0.9), torch.Generator().manual_seed(0))
-    assert rare.any(1).all()
-    again = draw_available(2_000, dict.fromkeys(MODALITIES, 0.9), torch.Generator().manual_seed(0))
-    assert torch.equal(rare, again)
+    present = everything(2_000)
+    present[:500, 0] = present[250:750, 1] = False
+    present[0] = False
+    high = dict.fromkeys(MODALITIES, 0.9)
+    rare = draw_available(present, high, torch.Generator().manual_seed(0))
+    assert rare[1:].any(1).all() and not (rare & ~present).any()
+    assert torch.equal(rare, draw_available(present, high, torch.Generator().manual_seed(0)))
+
+
+def everything(count: int) -> torch.Tensor:
+    return torch.ones(count, len(MODALITIES), dtype=torch.bool)
 
 
 def test_a_loss_is_over_the_samples_that_have_all_of_its_modalities(data: SentimentData) -> None:
@@ -160,7 +169,7 @@ def test_a_loss_is_over_the_samples_that_have_all_of_its_modalities(data: Sentim
     has, errors = {}, {}
     generator = torch.Generator().manual_seed(3)
     for name, split in (("train", train), ("valid", valid)):
-        available = draw_available(len(split), rates, generator).tolist()
+        available = draw_available(split.available, rates, generator).tolist()
         for combination in COMBINATIONS:
             has[name, "+".join(combination)] = [
                 number
@@ -187,6 +196,31 @@ def test_a_loss_is_over_the_samples_that_have_all_of_its_modalities(data: Sentim
             errors[name] = float(wrong.mean())
     found = mean_error(training.model, valid, training.has["valid"])
     assert_allclose(found, np.mean(list(errors.values())), rtol=1e-6)
+
+
+def test_what_an_utterance_lacks_counts_nowhere(tmp_path: Path, file: Path) -> None:
+    """Not in training, validation or test: the label of one without anything changes nothing."""
+    layout = pickle.loads(file.read_bytes())
+    for part in layout.values():
+        part["text"][:5] = part["audio"][4:6] = part["vision"][4:6] = 0
+    outcomes = []
+    for label in (3.0, -3.0):
+        for part in layout.values():
+            part["regression_labels"][4] = label
+        (tmp_path / "lacking.pkl").write_bytes(pickle.dumps(layout))
+        out = tmp_path / f"out{label}"
+        arguments = ["--data", str(tmp_path / "lacking.pkl"), "--methods", "sum,gmd", *SMALL]
+        assert main([*arguments, "--seeds", "2", "--epochs", "2", "--out", str(out)]) == 0
+        outcomes.append(outcome(out))
+    assert outcomes[0] == outcomes[1]
+    found = json.loads((out / "results.json").read_text())
+    assert found["data"]["cleaning"]["test"]["text"]["empty_utterances"] == 5
+    counts = {"text": 19, "audio": 22, "vision": 22, "audio+vision": 22}
+    assert found["test_utterances"] == {name: counts.get(name, 18) for name in NAMES}
+    table = (out / "table.md").read_text()
+    assert re.search(r"^\| text +\| 19 \|", table, re.M)
+    assert re.search(r"^\| \(train mean\) +\| 24 \|", table, re.M)
+    assert "gmd against sum, mean MAE over the 18 to 22 of 24 test utterances" in table
 
 
 def test_a_batch_in_which_no_combination_has_a_sample_is_passed_over(data: SentimentData) -> None:
@@ -418,6 +452,10 @@ def test_checkpoints_that_are_cut_off_or_of_another_format_are_refused(tmp_path:
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match="not a checkpoint"):
         load_checkpoint(path)
+    torch.save({"format": 3, "made": Path("by another program")}, path)
+    with pytest.raises(ValueError, match="not a checkpoint") as refused:
+        load_checkpoint(path)
+    assert "weights_only" not in "".join(traceback.format_exception(refused.value))
     torch.save({"format": 99}, path)
     with pytest.raises(ValueError, match="format 99"):
         load_checkpoint(path)
@@ -486,7 +524,9 @@ def test_a_run_from_end_to_end(
     assert table in printed.out
     # in a log file, where there is no progress bar, what is going on
     begun = [line for line in printed.err.splitlines() if line.startswith("[3/8] ")]
-    assert len(begun) == 2 and begun[0] == "[3/8] gmd, seed 0"
+    assert len(begun) == 4 and begun[0] == "[3/8] gmd, seed 0"
+    told = r"\[3/8\] gmd, seed 0, epoch 2/2: train loss [0-9.]+, valid mae [0-9.]+"
+    assert re.fullmatch(told, begun[2])
     assert "synthetic" not in table.lower()
     assert found["data"]["sha256"] == results.file_sha256(file)
     assert found["data"]["sha256"] in table
@@ -502,11 +542,62 @@ def test_a_run_from_end_to_end(
     assert outcome(out) == outcome(tmp_path / "out-2"), "the same command, the same numbers"
 
 
+def test_what_is_odd_in_the_data_is_said(
+    tmp_path: Path, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layout = pickle.loads(file.read_bytes())
+    layout["train"]["regression_labels"][:2] = 1e30, -4
+    layout["valid"]["regression_labels"] = -abs(layout["valid"]["regression_labels"])
+    layout["train"]["audio"][0, 0, :3] = -np.inf
+    layout["test"]["audio"][0, 0, 3] = 1e9
+    layout["valid"]["text"][:, -3:] = 0
+    layout["valid"]["text"][1] = np.roll(layout["valid"]["text"][1], 3, axis=0)
+    layout["test"]["vision"][:2] = layout["train"]["vision"][..., 0] = 0
+    odd, out = tmp_path / "odd.pkl", tmp_path / "out"
+    odd.write_bytes(pickle.dumps(layout))
+    arguments = ["--data", str(odd), "--methods", "sum", "--seeds", "1", "--epochs", "1", *SMALL]
+    assert main([*arguments, "--out", str(out)]) == 0
+    expected = [
+        f"warning: {odd}: split 'train', key 'regression_labels': 2 of 24 labels are outside "
+        "[-3, 3], from -4 to 1e+30",
+        f"warning: {odd}: split 'valid', key 'regression_labels': no label is positive",
+        f"{odd}: key 'text': utterances with frames of zeros at the front, taken for padding: "
+        "train 0, valid 1, test 0",
+        f"{odd}: key 'audio': values that are not finite, replaced by 0: train 3, valid 0, test 0",
+        f"{odd}: key 'audio': values beyond 10 standard deviations, clipped: train 0, valid 0, "
+        "test 1",
+        f"{odd}: key 'vision': utterances without a frame or of zeros alone, where it is "
+        "unavailable: left out of every loss and score that needs it: train 0, valid 0, test 2",
+        f"{odd}: key 'vision': features that are the same in all frames of train, not scaled: 1 of "
+        "12",
+    ]
+    for text in (capsys.readouterr().err, (out / "table.md").read_text().replace("\n- ", "\n")):
+        said = [line for line in text.splitlines() if f"{odd}: " in line]
+        assert len(said) == len(expected), said
+        for line, start in zip(said, expected, strict=True):
+            assert line.startswith(start)
+
+
+def test_the_table_opens_with_the_verdict_and_says_what_its_words_mean(
+    tmp_path: Path, file: Path
+) -> None:
+    out = tmp_path / "out"
+    methods = ["--methods", ",".join(METHODS), "--seeds", "1", "--epochs", "1"]
+    main(["--data", str(file), *methods, *SMALL, "--out", str(out)])
+    title, verdict, *rest = (out / "table.md").read_text().split("\n\n")
+    assert verdict.startswith("gmd against sum, mean MAE: ")
+    measures = ["conflict", "opposed", "merged", "dominance", "alignment", "share"]
+    defined = re.findall(r"^- \*\*(.+)\*\*: .{20,}[.]$", rest[-1], re.M)
+    assert defined == [*METHODS, *measures]
+    (table,) = [part for part in rest if "pairs in conflict" in part]
+    assert all(measure in table for measure in measures)
+
+
 def test_synthetic_results_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     main(["--methods", "sum", "--seeds", "1", "--epochs", "1", *SMALL, "--out", str(out)])
     titles = [line for line in (out / "table.md").read_text().splitlines() if line[:1] == "#"]
-    assert len(titles) == 5
+    assert len(titles) == 6
     assert all("SYNTHETIC" in title for title in titles)
     assert json.loads((out / "results.json").read_text())["data"]["synthetic"] is True
 
@@ -593,6 +684,39 @@ def test_a_run_cut_off_anywhere_continues_exactly(
     capsys.readouterr()
     assert main(["--resume", str(out)]) == 0
     assert f"{out} is already finished" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a terminal as on POSIX")
+def test_resuming_on_a_terminal_says_from_where(
+    tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bar takes what was done before for done, not for work of the last second."""
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    train_epoch = Training.train_epoch
+
+    def interrupted(self: Training, progress: Any) -> None:
+        if self.epoch == 3:
+            raise KeyboardInterrupt
+        train_epoch(self, progress)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "train_epoch", interrupted)
+        main(["--data", str(file), "--methods", "full", "--epochs", "4", "--seeds", "1", *SMALL,
+              "--out", str(out)])  # fmt: skip
+    master, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 120, 0, 0))
+    command = [sys.executable, "-m", "benchmarks.sentiment", "--resume", str(out)]
+    subprocess.run(command, cwd=ROOT, stderr=terminal, stdout=subprocess.DEVNULL, check=True)
+    said = os.read(master, 100_000).decode()
+    os.close(terminal)
+    os.close(master)
+    assert "[1/1] full, seed 0: continues after epoch 3 of 4" in said
+    assert re.search(r"9/12 \[00:00<\?, ", said)
 
 
 def test_resuming_with_other_data_is_refused(

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -294,6 +295,10 @@ def test_methods_are_compared_with_sum_seed_by_seed() -> None:
     sentence = found.sentence("gmd", comparison)
     assert sentence.startswith("gmd against sum, mean Dice: +1.50 points ± 2.12 (paired over 2")
     assert "no reason to prefer gmd" in sentence
+    _, verdict, *_, words = found.as_markdown().split("\n\n")
+    assert " ".join(verdict.split()) == sentence, "the table opens with it"
+    defined = ["sum", "gmd", "conflict", "opposed", "merged", "dominance", "alignment", "share"]
+    assert re.findall(r"^- [*]{2}(.+)[*]{2}: ", words, re.M) == defined
 
 
 def test_with_one_seed_the_pairs_are_cases_and_it_says_so() -> None:
@@ -358,7 +363,7 @@ def test_full_alone_has_no_gradients_to_show(tmp_path: Path) -> None:
 def test_generated_data_are_said_to_be_generated_everywhere() -> None:
     found = report([finished("sum", 0, COMPLETE)], phantom=True)
     titles = [line for line in found.as_markdown().splitlines() if line.startswith("#")]
-    assert len(titles) == 6
+    assert len(titles) == 7
     assert all("PHANTOM" in title for title in titles)
     assert "PHANTOM" in found.label
     assert found.as_json()["data"]["phantom"] is True

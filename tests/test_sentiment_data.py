@@ -264,7 +264,7 @@ def test_text_ends_at_its_last_row_that_is_not_zero(layout: Layout) -> None:
     text[1, 1] = 0  # a zero row within
     text[2] = 0
     data = read(layout)
-    assert data.splits["train"].lengths["text"].tolist() == [2, 4, 1]
+    assert data.splits["train"].lengths["text"].tolist() == [2, 4, 0]
     assert data.cleaning["train"]["text"]["empty_utterances"] == 1
 
 
@@ -276,14 +276,68 @@ def test_text_bert_masks_the_text(layout: Layout) -> None:
     assert read(layout).splits["train"].lengths["text"].tolist() == [2, 1, 4]
 
 
-def test_aligned_files_take_the_lengths_of_the_text(layout: Layout) -> None:
+def test_in_aligned_files_each_modality_has_its_own_lengths(layout: Layout) -> None:
     for part in layout.values():
         del part["audio_lengths"], part["vision_lengths"]
         part["audio"] = np.ones((3, 4, 1), np.float32)
         part["vision"] = np.ones((3, 4, 3), np.float32)
-        part["text"][0, 3:] = 0
-    lengths = read(layout).splits["train"].lengths
-    assert [lengths[name].tolist() for name in MODALITIES] == [[3, 4, 4]] * 3
+        part["text"][0] = part["audio"][1, 2:] = part["vision"][2] = 0
+    split = read(layout).splits["train"]
+    lengths = [split.lengths[name].tolist() for name in MODALITIES]
+    assert lengths == [[0, 4, 4], [4, 2, 4], [4, 4, 0]]
+    assert split.available.tolist() == [[False, True, True], [True] * 3, [True, True, False]]
+    inputs, _ = split.batch(torch.tensor([0]))
+    assert inputs["text"][0].tolist() == [[[0, 0]]] and inputs["text"][1].tolist() == [1]
+
+
+def test_frames_of_zeros_alone_are_no_modality_whatever_length_they_are_given(
+    layout: Layout,
+) -> None:
+    layout["train"]["vision"][1] = 0
+    layout["train"]["text"][2] = 0
+    layout["train"]["text_bert"] = np.ones((3, 3, 4))
+    split = read(layout).splits["train"]
+    assert [split.lengths[name].tolist() for name in ("text", "vision")] == [[4, 4, 0], [2, 0, 2]]
+
+
+@pytest.mark.parametrize("said_by", ["nothing", "text_bert", "audio_lengths"])
+def test_zeros_at_the_front_are_padding(layout: Layout, said_by: str) -> None:
+    """Read as the same file with its padding at the end is; zeros within stay where they are."""
+    name, steps = ("audio", 5) if said_by == "audio_lengths" else ("text", 4)
+    mask = np.ones((3, 3, 4))
+    layout["train"][name][1, 1] = layout["train"][name][2] = 0
+    layout["train"][name][0, 2:] = mask[0, :, 2:] = 0
+    if said_by == "text_bert":
+        layout["train"]["text_bert"] = mask
+    if said_by == "audio_lengths":
+        layout["train"]["audio_lengths"] = [2, 5, 0]
+    padded = copy.deepcopy(layout)
+    for array in (padded["train"][name], padded["train"].get("text_bert", mask).swapaxes(1, 2)):
+        array[0] = np.roll(array[0], steps - 2, axis=0)
+    expected, found = read(layout), read(padded)
+    assert_same(found, expected)
+    assert found.splits["train"].lengths[name].tolist() == [2, steps, 0]
+    counted = [data.cleaning["train"][name] for data in (expected, found)]
+    assert [counts["front_padded_utterances"] for counts in counted] == [0, 1]
+
+
+def test_zeros_at_the_front_are_data_where_the_file_says_so(layout: Layout) -> None:
+    layout["train"]["audio_lengths"] = [4, 5, 3]
+    layout["train"]["audio"][:2, :2] = layout["train"]["audio"][0, 4:] = 0
+    layout["train"]["text_bert"] = np.ones((3, 3, 4))
+    layout["train"]["text"][0, :2] = 0
+    data = read(layout)
+    assert data.splits["train"].lengths["audio"].tolist() == [4, 5, 3]
+    assert data.splits["train"].lengths["text"].tolist() == [4, 4, 4]
+    assert {data.cleaning["train"][name]["front_padded_utterances"] for name in MODALITIES} == {0}
+
+
+def test_a_split_without_a_complete_utterance_is_refused(layout: Layout) -> None:
+    layout["test"]["vision"][:2] = 0  # the third has the label 0
+    with pytest.raises(
+        ValueError, match=r"some\.pkl: split 'test', key 'text, audio, vision': no utterance"
+    ):
+        read(layout)
 
 
 def test_unaligned_files_without_lengths_end_at_the_last_nonzero_row(layout: Layout) -> None:
@@ -296,9 +350,12 @@ def test_unaligned_files_without_lengths_end_at_the_last_nonzero_row(layout: Lay
 def test_lengths_are_brought_into_range_and_counted(layout: Layout) -> None:
     layout["train"]["audio_lengths"] = [0, 9, 3]
     data = read(layout)
-    assert data.splits["train"].lengths["audio"].tolist() == [1, 5, 3]
+    assert data.splits["train"].lengths["audio"].tolist() == [0, 5, 3]
     counts = data.cleaning["train"]["audio"]
-    assert counts == {"nonfinite_values": 0, "empty_utterances": 1, "lengths_beyond_the_end": 1}
+    assert {what: count for what, count in counts.items() if count} == {
+        "empty_utterances": 1,
+        "lengths_beyond_the_end": 1,
+    }
 
 
 # --- values --------------------------------------------------------------------------------------
@@ -426,4 +483,4 @@ def test_the_real_file_is_read_as_its_provenance_says() -> None:
     assert data.splits["train"].labels.abs().max() <= 3
     for split in SPLITS:
         for counts in data.cleaning[split].values():
-            assert set(counts.values()) == {0}
+            assert not any(count for what, count in counts.items() if what != "clipped_values")
