@@ -1,6 +1,6 @@
 """BraTS cases on disk: which there are, whether each can be used, and segmentations written back.
 
-Layouts, told apart by themselves, with ``.nii`` or ``.nii.gz``:
+Layouts, told apart by themselves, with ``.nii`` or ``.nii.gz`` in whatever case of letters:
 
     HGG|LGG/CASE/CASE_{t1,t1ce,t2,flair,seg}.nii.gz     BraTS 2017 to 2019
     CASE/CASE_{t1,t1ce,t2,flair,seg}.nii.gz             BraTS 2020 and 2021, and data made like it
@@ -208,7 +208,7 @@ def load_folder(
 
 
 def _case_folders(folder: Path) -> list[Path]:
-    """Folders with NIfTI files, or with nothing at all, as a failed download leaves them."""
+    """Folders of cases, whatever state a failed download, or an archive, left them in."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: there is no such folder; give the one that holds the cases")
     inside = sorted(folder.iterdir())
@@ -231,8 +231,15 @@ def _case_folders(folder: Path) -> list[Path]:
 def _may_be_case(path: Path) -> bool:
     if path.name.startswith((".", "__")) or not path.is_dir():
         return False
-    names = [each.name for each in path.iterdir()]
-    return not names or any(name.endswith(NIFTI) for name in names)
+    inside = list(path.iterdir())
+    return not inside or any(_may_be_volume(each) for each in inside)
+
+
+def _may_be_volume(path: Path) -> bool:
+    """Also ``one_t1.nii.gz.part``; in the folder ``one`` also ``one_t1.zip`` and ``one.zip``."""
+    name, case = path.name.lower(), re.escape(path.parent.name.lower())
+    own = re.match(rf"{case}([-_]|\.(zip|tar|gz|tgz|part))", name) and path.is_file()
+    return bool(own) or ".nii" in name
 
 
 def _duplicates(folder: Path, found: Iterable[Path]) -> list[str]:
@@ -299,14 +306,15 @@ def _patient(name: str) -> str:
 
 def _files_of(folder: Path, where: Path, allow_missing: bool) -> tuple[dict[str, Path], list[str]]:
     """The case's files by role, and what is wrong with their names."""
-    nifti = sorted(path.name for path in folder.iterdir() if path.name.endswith(NIFTI))
+    volumes = sorted(path.name for path in folder.iterdir() if _may_be_volume(path))
     prefix = re.escape(folder.name)
     files: dict[str, Path] = {}
     problems = []
     for role in (*MODALITIES, SEGMENTATION):
         endings = "|".join({suffixes[role] for suffixes in SUFFIXES})
-        pattern = re.compile(rf"{prefix}[-_]({endings})\.nii(\.gz)?")
-        matching = [name for name in nifti if pattern.fullmatch(name)]
+        # The letters' case is no matter: BraTS itself has published a few files as t2W.
+        pattern = re.compile(rf"{prefix}[-_]({endings})\.nii(\.gz)?", re.IGNORECASE)
+        matching = [name for name in volumes if pattern.fullmatch(name)]
         if len(matching) > 1:
             listed = " and ".join(matching)
             problems.append(f"{where}: more than one file for {role}, {listed}; keep one")
@@ -314,8 +322,7 @@ def _files_of(folder: Path, where: Path, allow_missing: bool) -> tuple[dict[str,
             files[role] = folder / matching[0]
     missing = [role for role in (*MODALITIES, SEGMENTATION) if role not in files]
     present = [role for role in MODALITIES if role in files]
-    strange = sorted(set(nifti) - {path.name for path in files.values()})
-    hint = f"; there is also {', '.join(strange)}: is it misnamed?" if strange else ""
+    strange = sorted(set(volumes) - {path.name for path in files.values()})
     for role in missing:
         if role == SEGMENTATION:
             advice = "every case needs one"
@@ -326,15 +333,23 @@ def _files_of(folder: Path, where: Path, allow_missing: bool) -> tuple[dict[str,
         else:
             continue
         name = _expected_name(folder.name, role, files.values())
+        also = ", ".join(_alike(strange, role) or strange)
+        hint = f"; there is also {also}: is it misnamed, packed or not complete?" if also else ""
         kind = "segmentation" if role == SEGMENTATION else f"{role} file"
         problems.append(f"{where / name}: missing {kind}; {advice}{hint}")
     return files, problems
 
 
+def _alike(names: Iterable[str], role: str) -> list[str]:
+    """Those of which a part, between what is neither letter nor digit, says the role."""
+    endings = {suffixes[role] for suffixes in SUFFIXES}
+    return [name for name in names if endings.intersection(re.split("[^a-z0-9]", name.lower()))]
+
+
 def _expected_name(case: str, role: str, files: Iterable[Path]) -> str:
     """What the missing file would be called, judged by the case's other files."""
     names = [path.name[len(case) :] for path in files]
-    newer = any(re.match("[-_](t1n|t1c|t2w|t2f)[.]", name) for name in names)
+    newer = any(re.match("[-_](t1n|t1c|t2w|t2f)[.]", name.lower()) for name in names)
     if not names:
         newer = case.startswith("BraTS-")
     separator = names[0][0] if names else "_-"[newer]
@@ -414,7 +429,7 @@ def _read_image(path: Path) -> _Image:
     sha256 = hashlib.sha256(content).hexdigest()
     if not content:
         raise ValueError("is empty (0 bytes); fetch it again")
-    if path.name.endswith(".gz"):
+    if path.name.lower().endswith(".gz"):
         try:
             content = gzip.decompress(content)
         except EOFError:

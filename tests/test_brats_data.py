@@ -116,7 +116,7 @@ def test_links_are_followed_and_unrelated_things_left_alone(tmp_path: Path) -> N
     (data / ".hidden").mkdir()
     (data / "__MACOSX").mkdir()
     (data / "logs").mkdir()
-    (data / "logs/training.txt").write_text("loss 0.3")
+    (data / "logs/logs.txt").write_text("loss 0.3")
     (data / "one/notes.txt").write_text("motion")
     assert [case.name for case in load(data).cases] == ["one"]
 
@@ -153,6 +153,31 @@ def test_a_file_in_two_forms_is_refused(tmp_path: Path) -> None:
     write(folder / "one_t2.nii", arrays()["t2"])
     line = problem(tmp_path)
     assert line == "one: more than one file for t2, one_t2.nii and one_t2.nii.gz; keep one"
+
+
+@pytest.mark.parametrize("ending", [".nii.gz.part", ".nii.zip", ".zip", ".nii.gz.crdownload"])
+def test_a_case_of_unusable_files_is_named(tmp_path: Path, ending: str) -> None:
+    write_case(tmp_path / "fine", 1)
+    folder = write_case(tmp_path / "one")
+    for path in folder.iterdir():
+        path.rename(folder / path.name.replace(".nii.gz", ending))
+    lines = problems(tmp_path)
+    assert len(lines) == 5
+    for role in (*MODALITIES, "seg"):
+        (line,) = (line for line in lines if line.startswith(f"one/one_{role}.nii.gz: missing"))
+        assert line.endswith(
+            f"; there is also one_{role}{ending}: is it misnamed, packed or not complete?"
+        )
+
+
+def test_capital_letters_are_read(tmp_path: Path) -> None:
+    folder = write_case(tmp_path / "BraTS-GLI-00008-100", separator="-", names=NEW)
+    for path in folder.iterdir():
+        path.rename(folder / path.name.replace("t2w", "t2W").replace(".nii.gz", ".NII.GZ"))
+    (case,) = load(tmp_path).cases
+    assert case.files["t2"].name == "BraTS-GLI-00008-100-t2W.NII.GZ"
+    np.testing.assert_array_equal(read_volumes(case)["t2"], arrays()["t2"])
+    write_segmentation(tmp_path / "out.nii", masks(arrays()["seg"], REGIONS), REGIONS, case)
 
 
 # --- missing files -------------------------------------------------------------------------------
