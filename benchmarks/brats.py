@@ -303,6 +303,8 @@ def _prepare(parser: argparse.ArgumentParser, config: Config) -> Prepared:
                 progress=sys.stderr.isatty(),
             )
         )
+        if not all(len(case.files) == len(MODALITIES) for case in data.cases):
+            print(f"{where}: of {len(data.cases)} cases, {data.lacking()}", file=sys.stderr)
         source = "--split"
         split = _split(data, config)
         for name in ("train", "test"):
@@ -370,12 +372,11 @@ def _checked(config: Config, prepared: Prepared) -> str:
     shapes = sorted({case.shape for case in cases})
     sizes = ", ".join(" x ".join(map(str, shape)) for shape in shapes[:3])
     more = f" and {len(shapes) - 3} more" if len(shapes) > 3 else ""
-    incomplete = sum(len(case.files) < len(MODALITIES) for case in cases)
     measured = "" if scale == 1 else f" (from a step of {crop}^3, scaled by voxels)"
     lines = {
         "data": f"{len(cases)} cases in {prepared.data.source}, all read and checked; "
         f"SHA-256 {prepared.data.digest[:12]}",
-        "voxels": f"{sizes}{more}; {incomplete} cases lack a modality",
+        "voxels": f"{sizes}{more}; {prepared.data.lacking()}",
         "regions": ", ".join(f"{k} = {{{','.join(map(str, v))}}}"
                              for k, v in prepared.data.regions.items()),
         "split": ", ".join(f"{name} {len(part)}" for name, part in prepared.split.items()),

@@ -107,6 +107,14 @@ class BratsData:
     digest: str
     phantom: bool
 
+    def lacking(self) -> str:
+        """How many cases lack a modality, and which: ``"3 cases lack a modality (t1 1, t2 2)"``."""
+        incomplete = sum(len(case.files) < len(MODALITIES) for case in self.cases)
+        count = {name: sum(name not in case.files for case in self.cases) for name in MODALITIES}
+        each = ", ".join(f"{name} {number}" for name, number in count.items() if number)
+        cases = "case lacks" if incomplete == 1 else "cases lack"
+        return f"{incomplete} {cases} a modality" + (f" ({each})" if each else "")
+
 
 # --- regions -------------------------------------------------------------------------------------
 
@@ -157,8 +165,8 @@ def load_folder(
     Args:
         folder: in one of the layouts above.
         regions: name -> labels; no other label but 0 may occur.
-        allow_missing: accept cases without some modality files. One must be there, and the
-            segmentation always.
+        allow_missing: accept cases without some modality files. One must be there, the
+            segmentation always, and no file that looks like the missing one, misnamed.
         workers: threads (decompressing releases Python's lock); 0 is one. Hundreds of cases take
             minutes.
         phantom: copied to the result.
@@ -324,16 +332,19 @@ def _files_of(folder: Path, where: Path, allow_missing: bool) -> tuple[dict[str,
     present = [role for role in MODALITIES if role in files]
     strange = sorted(set(volumes) - {path.name for path in files.values()})
     for role in missing:
+        alike = _alike(strange, role)
         if role == SEGMENTATION:
             advice = "every case needs one"
         elif not allow_missing:
             advice = "fetch it, or allow missing modalities (--allow-missing)"
         elif not present:
             advice = "at least one modality is needed"
+        elif alike:  # allowed to be missing, but it seems not to be
+            advice = "give its file this name, or move what only looks like it out of the folder"
         else:
             continue
         name = _expected_name(folder.name, role, files.values())
-        also = ", ".join(_alike(strange, role) or strange)
+        also = ", ".join(alike or strange)
         hint = f"; there is also {also}: is it misnamed, packed or not complete?" if also else ""
         kind = "segmentation" if role == SEGMENTATION else f"{role} file"
         problems.append(f"{where / name}: missing {kind}; {advice}{hint}")

@@ -1361,9 +1361,11 @@ def test_incomplete_cases_from_end_to_end(
 
     arguments = list(map(str, [*there, "--allow-missing"]))
     assert main([*arguments, "--check"]) == 0
-    assert "20 x 20 x 16; 4 cases lack a modality" in capsys.readouterr().out
+    lacking = "4 cases lack a modality (t1 2, t1ce 2, t2 2, flair 2)"
+    assert f"20 x 20 x 16; {lacking}" in capsys.readouterr().out
     out, masks = tmp_path / "out", tmp_path / "masks"
     assert main([*arguments, "--out", str(out), "--predict", str(masks)]) == 0
+    assert f"{incomplete}: of 6 cases, {lacking}" in capsys.readouterr().err
     data = prepare(incomplete, split, allow_missing=True)
     for run in outcome(out):
         assert set(run["test"]["Phantom_005"]) == {"t1ce", "flair", "t1ce+flair"}

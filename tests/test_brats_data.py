@@ -194,6 +194,22 @@ def test_missing_modality(tmp_path: Path) -> None:
     assert list(read_volumes(case)) == ["t1", "t1ce", "flair", "seg"]
 
 
+@pytest.mark.parametrize(
+    "name", ["one_T2-1.nii.gz", "t2.nii.gz", "one_t2.nii.gz.part", "two-t2w.nii"]
+)
+def test_a_misnamed_modality_is_not_taken_for_a_missing_one(tmp_path: Path, name: str) -> None:
+    folder = write_case(tmp_path / "one")
+    (folder / "one_t2.nii.gz").rename(folder / name)
+    (folder / "one_flair.nii.gz").unlink()
+    line = problem(tmp_path, allow_missing=True)
+    assert line.startswith("one/one_t2.nii.gz: missing t2 file; give its file this name, or move")
+    assert f"; there is also {name}: is it misnamed" in line
+    (folder / name).rename(folder / "one_brainmask.nii.gz")
+    assert load_folder(tmp_path, REGIONS, allow_missing=True).lacking() == (
+        "1 case lacks a modality (t2 1, flair 1)"
+    )
+
+
 def test_missing_file_is_named_as_its_year_names_it(tmp_path: Path) -> None:
     folder = write_case(tmp_path / "BraTS-GLI-00005-000", separator="-", names=NEW)
     (folder / "BraTS-GLI-00005-000-t2f.nii.gz").unlink()
