@@ -4,6 +4,7 @@
     python -m benchmarks.brats --data BRATS --preset paper --device cuda --amp bf16 --workers 8
     python -m benchmarks.brats --data BRATS18 --preset released --device cuda
     python -m benchmarks.brats --data BRATS23 --regions "WT=1,2,3 TC=1,3 ET=3"
+    python -m benchmarks.brats --data BRATS24 --regions "WT=1,2,3 TC=1,3 ET=3 RC=4"
     python -m benchmarks.brats --data BRATS --preset paper --check     # looks at everything, stops
     python -m benchmarks.brats --resume results/brats-2026-01-31 --predict segmentations
 
@@ -14,7 +15,7 @@ sum       the losses of the combinations, no decoupling
 gmd       the GMD paper's rule
 pcgrad    the rule in GMD's released code
 
-BRATS is a folder of cases as BraTS 2018, 2020, 2021 or 2023 lays it out, or any folder like it.
+BRATS is a folder of cases as BraTS 2018, 2020, 2021, 2023 or 2024 lays it out, or one like it.
 Without --data, phantoms are generated, written as NIfTI and read as any other data. The preset sets
 all other defaults: quick (minutes on a CPU), paper, or released; benchmarks/brats_training.py lists
 each value and where it comes from. Every test case is segmented from each of the 15 combinations.
@@ -60,6 +61,7 @@ from benchmarks.arguments import (
 )
 from benchmarks.brats_data import (
     MODALITIES,
+    REGIONS_2023,
     BratsData,
     load_folder,
     read_regions,
@@ -483,7 +485,8 @@ def _parser() -> argparse.ArgumentParser:
 
     add("--preset", str, "all other defaults", choices=list(PRESETS))
     add("--data", absolute, "folder of cases; without it, phantoms", metavar="FOLDER")
-    add("--regions", str, 'region to labels; BraTS 2023: "WT=1,2,3 TC=1,3 ET=3"', metavar="TEXT")
+    add("--regions", str, f'region to labels; BraTS 2023: "{REGIONS_2023}", 2024 (GLI): RC=4, too',
+        metavar="TEXT")  # fmt: skip
     flag("--allow-missing", "train and test on cases that lack modality files, too")
     add("--phantoms", positive_int, "cases to generate without --data", metavar="N")
     add("--normalisation", str, "of each volume", choices=list(NORMALISATIONS))

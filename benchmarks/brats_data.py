@@ -46,6 +46,7 @@ __all__ = [
 MODALITIES = ("t1", "t1ce", "t2", "flair")
 REGIONS: dict[str, tuple[int, ...]] = {"WT": (1, 2, 4), "TC": (1, 4), "ET": (4,)}
 REGIONS_2023 = "WT=1,2,3 TC=1,3 ET=3"
+REGIONS_2024 = f"{REGIONS_2023} RC=4"  # gliomas after treatment: RC is the resection cavity
 
 SEGMENTATION = "seg"
 # How file names end: before 2023, and since.
@@ -383,11 +384,16 @@ def _check_labels(array: Array, regions: Regions) -> set[int]:
         )
     found = ", ".join(f"{label:g}" for label in unknown[:5]) + (", ..." if len(unknown) > 5 else "")
     message = f"unknown label {found}; the regions know {', '.join(map(str, sorted(known)))}"
+    since_2024 = f'BraTS 2024 (GLI) has labels 1 to 4: give --regions "{REGIONS_2024}"'
     if 3 in unknown and dict(regions) == REGIONS:
+        if 4 in array:
+            raise ValueError(f"{message}. {since_2024}")
         raise ValueError(
-            f"{message}. BraTS has had a label 3 (and no 4) only since 2023: "
-            f'give --regions "{REGIONS_2023}"'
+            f"{message}. BraTS has had a label 3 only since 2023: "
+            f'give --regions "{REGIONS_2023}". {since_2024}'
         )
+    if 4 in unknown and dict(regions) == read_regions(REGIONS_2023):
+        raise ValueError(f"{message}. {since_2024}. Until 2022, 4 was ET: leave --regions out")
     raise ValueError(f"{message}; give the data's regions (--regions)")
 
 

@@ -288,9 +288,9 @@ SHIFT[0, 3] = 0.5
 
 DAMAGES: dict[str, tuple[Callable[[Path], str], str]] = {
     "label": (replace("seg", put(5, np.uint8)), "unknown label 5; the regions know 0, 1, 2, 4"),
-    "label of 2023": (
+    "label of 2024": (
         replace("seg", put(3, np.uint8)),
-        'give --regions "WT=1,2,3 TC=1,3 ET=3"',
+        'give --regions "WT=1,2,3 TC=1,3 ET=3 RC=4"',
     ),
     "negative label": (replace("seg", put(-1, np.int16)), "unknown label -1"),
     "interpolated label": (replace("seg", put(1.5)), "not whole numbers, such as 1.5"),
@@ -439,6 +439,31 @@ def test_a_region_that_never_occurs_is_warned_of(tmp_path: Path) -> None:
     write_case(tmp_path / "one", made)
     with pytest.warns(UserWarning, match=r"no case has a voxel of region ET \(labels 4\)"):
         load(tmp_path)
+
+
+ADVICE_2024 = 'BraTS 2024 (GLI) has labels 1 to 4: give --regions "WT=1,2,3 TC=1,3 ET=3 RC=4"'
+
+
+@pytest.mark.parametrize(
+    ("labels", "regions", "message"),
+    [
+        ([1, 2, 3, 4], REGIONS, "unknown label 3; the regions know 0, 1, 2, 4."),
+        ([1, 2, 3], REGIONS, 'only since 2023: give --regions "WT=1,2,3 TC=1,3 ET=3".'),
+        ([1, 2, 3, 4], REGIONS_2023, "unknown label 4; the regions know 0, 1, 2, 3."),
+    ],
+)
+def test_labels_of_2024_are_explained(
+    tmp_path: Path, labels: list[int], regions: dict[str, tuple[int, ...]], message: str
+) -> None:
+    made = arrays()
+    made["seg"] = np.resize(np.array(labels, np.uint8), SHAPE)
+    write_case(tmp_path / "BraTS-GLI-00008-100", made, separator="-", names=NEW)
+    with pytest.raises(ValueError) as caught:
+        load_folder(tmp_path, regions)
+    assert f"{message} {ADVICE_2024}" in str(caught.value)
+    if 4 in labels:
+        (case,) = load_folder(tmp_path, read_regions("WT=1,2,3 TC=1,3 ET=3 RC=4")).cases
+        assert case.patient == "BraTS-GLI-00008"
 
 
 # --- digests -------------------------------------------------------------------------------------
