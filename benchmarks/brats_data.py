@@ -17,7 +17,7 @@ import math
 import re
 import warnings
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -55,6 +55,7 @@ SUFFIXES = (
     {"t1": "t1n", "t1ce": "t1c", "t2": "t2w", "flair": "t2f", SEGMENTATION: "seg"},
 )
 NIFTI = (".nii", ".nii.gz")
+ORIENTATION = "LPS"  # that of BraTS: axes point to the left, to the back and up
 GRADES = ("HGG", "LGG")
 PROBLEMS_SHOWN = 20
 # In voxels, at the corners of the volume. What rounding to the header's float32 does is below
@@ -76,7 +77,7 @@ class Case:
             (``BraTS-GLI-00005-001``) are dropped; any other name is a patient's own.
         files: the available modalities, in the order of MODALITIES.
         segmentation: the file of labels.
-        shape: voxels along each axis of the files, which are never reoriented.
+        shape: voxels along each axis, of volumes that are turned to ORIENTATION.
         spacing: mm between voxels along each axis.
         digest: SHA-256 over the contents of its files.
     """
@@ -429,7 +430,7 @@ def _check_geometry(image: "_Image", reference: "_Image", name: str) -> None:
 
 @dataclass(frozen=True)
 class _Image:
-    array: Array  # (D, H, W), scaled as the header says
+    array: Array  # (D, H, W), scaled as the header says, turned to ORIENTATION
     affine: npt.NDArray[np.float64]  # (4, 4), voxel -> mm
     sha256: str  # of the file
 
@@ -465,7 +466,7 @@ def _read_image(path: Path) -> _Image:
         raise
     except Exception as error:  # a damaged header raises nearly anything in nibabel
         raise ValueError(f"has a damaged NIfTI header ({error}); fetch it again") from error
-    if len(shape) != 3 or min(shape) < 1:
+    if len(shape) < 3 or min(shape) < 1 or max(shape[3:], default=1) > 1:
         raise ValueError(f"has shape {tuple(shape)}; expected one volume of three dimensions")
     if dtype.kind not in "iuf":
         raise ValueError(f"holds values of type {dtype}; expected real numbers")
@@ -475,7 +476,18 @@ def _read_image(path: Path) -> _Image:
     affine = np.asarray(image.affine, np.float64)
     if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine) < 4:
         raise ValueError(f"has an affine without inverse, {affine.tolist()}; fetch it again")
-    return _Image(np.asarray(image.dataobj), affine, sha256)
+    array = np.asarray(image.dataobj).reshape(shape[:3])
+    turn = _turn(_orientations.aff2axcodes(affine), ORIENTATION)
+    affine = affine @ _orientations.inv_ornt_aff(turn, array.shape)
+    return _Image(_orientations.apply_orientation(array, turn), affine, sha256)
+
+
+_orientations: Any = nibabel.orientations  # without type hints
+
+
+def _turn(start: Sequence[str], end: Sequence[str]) -> Any:
+    """For ``apply_orientation``: from these axis codes to those."""
+    return _orientations.ornt_transform(*map(_orientations.axcodes2ornt, (start, end)))
 
 
 def _digest(files: Mapping[str, str]) -> str:
@@ -484,7 +496,7 @@ def _digest(files: Mapping[str, str]) -> str:
 
 
 def read_volumes(case: Case) -> dict[str, Array]:
-    """The available modalities' volumes and ``"seg"``, the labels: (D, H, W) as in the files.
+    """The available modalities' volumes and ``"seg"``, the labels: (D, H, W) in ORIENTATION.
 
     Raises:
         OSError: a file is gone.
@@ -507,7 +519,7 @@ def read_volumes(case: Case) -> dict[str, Array]:
 
 
 def write_segmentation(path: Path, mask: Tensor | Array, regions: Regions, case: Case) -> None:
-    """Write predicted regions as labels, on the grid of the case's own segmentation.
+    """Write predicted regions as labels, on the grid and in the orientation of the case's own.
 
     Regions are painted over each other, the one with most labels first. A region's voxels get the
     smallest of its labels that lies in no region painted later, or its smallest label where all
@@ -517,7 +529,7 @@ def write_segmentation(path: Path, mask: Tensor | Array, regions: Regions, case:
 
     Args:
         path: ends in ``.nii`` or ``.nii.gz``; written atomically, as unsigned bytes.
-        mask: (R, D, H, W) bool, regions in the order of ``regions``.
+        mask: (R, D, H, W) bool in ORIENTATION, regions in the order of ``regions``.
         regions: name -> labels, 1 to 255.
         case: gives shape, affine, orientation codes and units.
 
@@ -543,6 +555,8 @@ def write_segmentation(path: Path, mask: Tensor | Array, regions: Regions, case:
     header = source.header.copy()
     header.set_data_dtype(np.uint8)
     header["cal_min"] = header["cal_max"] = 0
+    back = _turn(ORIENTATION, _orientations.aff2axcodes(source.affine))
+    painted = _orientations.apply_orientation(painted, back)
     content = type(source)(painted, source.affine, header).to_bytes()
     if path.name.endswith(".gz"):
         content = gzip.compress(content, mtime=0)  # no time: equal masks give equal files

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import nibabel
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
@@ -23,7 +22,7 @@ from benchmarks.comparison import Comparison, compare_all
 from benchmarks.pictures import draw_cases, draw_combinations
 from gradsplit import modality_combinations
 
-__all__ = ["Report", "upright", "write_report"]
+__all__ = ["Report", "write_report"]
 
 Array = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
@@ -568,21 +567,3 @@ def _draw_case(report: Report, path: Path) -> None:
 def _masks(tensor: Tensor) -> Bools:
     masks: Bools = tensor.cpu().numpy() != 0
     return masks
-
-
-def upright(plane: Tensor, affine: npt.NDArray[Any]) -> Tensor:
-    """A slice (..., X, Y) along the last axis of a volume, turned as it is looked at.
-
-    Head or forehead up; the patient's right, or forehead, to the left, as radiologists have it.
-
-    Args:
-        plane: with any leading axes.
-        affine: (4, 4), from voxels to mm to the right, to the front, up: NIfTI's.
-    """
-    orientation: Any = nibabel.aff2axcodes  # without type hints
-    codes = list(orientation(affine)[:2])  # where each axis points to, like ["L", "P"]
-    upwards = codes[0] in "SI" or (codes[0] in "AP" and codes[1] in "LR")
-    if not upwards:  # in an image the first axis is the vertical one
-        plane, codes = plane.transpose(-2, -1), codes[::-1]
-    flipped = [axis for axis, code in ((-2, codes[0]), (-1, codes[1])) if code in "SAR"]
-    return plane.flip(flipped)

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import nibabel
 import torch
 import torch._functorch.config
 import torch._inductor.config
@@ -25,7 +24,6 @@ from torch.utils.data import Dataset
 from benchmarks import ranks
 from benchmarks.brats_data import MODALITIES, BratsData, Case
 from benchmarks.brats_metrics import case_scores, hard_dice
-from benchmarks.brats_report import upright
 from benchmarks.brats_volumes import training_batches
 from benchmarks.checkpoint import load_checkpoint, save_checkpoint
 from benchmarks.gradients import Merges
@@ -707,21 +705,20 @@ def shown_case(prepared: Prepared) -> str:
 
 
 def case_slices(case: Case, sample: Sample, logits: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The slice (along the last axis) in which the first region is largest, for the picture."""
+    """The axial slice in which the first region is largest, for the picture.
+
+    Turned as it is looked at: the front up, the patient's right on the left.
+    """
     label = sample["label"]
     index = int(label[0].sum((0, 1)).argmax())
-    segmentation: Any = nibabel.load(case.segmentation)
-    affine = segmentation.affine
     combinations = [tuple(logits), *((name,) for name in logits)]
     return {
         "case": case.name,
         "index": index,
-        "volumes": upright(sample["volume"][..., index], affine),
-        "truth": upright(label[..., index], affine),
+        "volumes": sample["volume"][..., index].mT.contiguous(),  # not the whole of it
+        "truth": label[..., index].mT.contiguous(),
         "predictions": {
-            "+".join(combination): upright(
-                (mean_of(logits, combination)[..., index] > 0).byte(), affine
-            )
+            "+".join(combination): (mean_of(logits, combination)[..., index].mT > 0).byte()
             for combination in combinations
         },
     }

@@ -30,7 +30,7 @@ __all__ = ["CACHES", "NORMALISATIONS", "make_dataset", "training_batches"]
 
 CACHES = ("memory", "disk", "none")
 CLIP = (1, 99)  # percentiles of the nonzero voxels
-CACHE_FORMAT = 1  # raise when what ReadCase makes of the same files changes
+CACHE_FORMAT = 2  # raise when what ReadCase makes of the same files changes
 
 Array = npt.NDArray[Any]
 Sample = dict[str, Any]
@@ -92,7 +92,7 @@ def make_dataset(
 
 
 class ReadCase(Transform):
-    """Case -> sample, as :func:`make_dataset` describes it. Neither reoriented nor resampled."""
+    """Case -> sample, as :func:`make_dataset` describes it. Not resampled."""
 
     def __init__(self, regions: Regions, normalisation: str) -> None:
         self.regions = dict(regions)

@@ -433,6 +433,32 @@ def test_what_occurs_in_the_wild_is_read(tmp_path: Path) -> None:
         np.testing.assert_array_equal(array, expected[role], err_msg=role)
 
 
+def test_orientations_are_made_one_and_back_again(tmp_path: Path) -> None:
+    """Cases as RAS and transposed, one whose files differ, and volumes of shape (X, Y, Z, 1)."""
+    made = arrays()
+    for case, turns in {
+        "mixed": {"t1": "RAS", "t2": "PSL", "flair": "LPS"},
+        "ras": dict.fromkeys(made, "RAS"),
+        "transposed": dict.fromkeys(made, "SRP"),
+    }.items():
+        write_case(tmp_path / case, made)
+        for role, codes in turns.items():
+            image = nibabel.Nifti1Image(made[role][..., None], AFFINE)
+            start, end = map(nibabel.orientations.axcodes2ornt, ("LPS", codes))
+            turned = image.as_reoriented(nibabel.orientations.ornt_transform(start, end))
+            nibabel.save(turned, tmp_path / f"{case}/{case}_{role}.nii.gz")
+    for case in load(tmp_path).cases:
+        assert (case.shape, case.spacing) == (SHAPE, (1, 2, 1.5))
+        volumes = read_volumes(case)
+        for role, array in made.items():
+            np.testing.assert_array_equal(volumes[role], array, err_msg=f"{case.name} {role}")
+        path = tmp_path / "predicted.nii.gz"
+        write_segmentation(path, masks(volumes["seg"], REGIONS), REGIONS, case)
+        written, own = nibabel.load(path), nibabel.load(case.segmentation)
+        np.testing.assert_array_equal(written.affine, own.affine)
+        np.testing.assert_array_equal(written.dataobj, np.squeeze(own.dataobj))
+
+
 def test_a_region_that_never_occurs_is_warned_of(tmp_path: Path) -> None:
     made = arrays()
     made["seg"][made["seg"] == 4] = 1

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import nibabel
 import numpy as np
 import pytest
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.brats_data import BratsData
 from benchmarks.brats_metrics import case_scores, hard_dice, hd95, soft_dice_released
-from benchmarks.brats_report import Report, upright, write_report
+from benchmarks.brats_report import Report, write_report
 from benchmarks.gradients import diagnose, diagnose_all, gradient_table, summarise_gradients
 
 EMPTY = torch.zeros(1, 6, 6, 6, dtype=torch.bool)
@@ -422,39 +421,3 @@ def test_a_step_with_one_row_has_no_pairs() -> None:
     assert "100.0%" in gradient_table(seen, ["a", "b"])
     records["trained"] = torch.tensor([[0, -1], [1, -1]])
     assert diagnose_all(done, ["a", "b"]) == {}, "nothing to compare"
-
-
-# --- slices --------------------------------------------------------------------------------------
-
-
-def turned(axes: str) -> tuple[Tensor, Any, Any]:
-    """A slice along the last axis of a volume whose axes point there, and its affine; by nibabel,
-    the whole volume with axes that point right, to the front and up. The slice is number 1 of it.
-    """
-    affine = np.eye(4)
-    affine[:3, :3] = 0
-    for number, code in enumerate(axes):
-        place = next(i for i, pair in enumerate(("RL", "AP", "SI")) if code in pair)
-        affine[place, number] = 1.0 if code in "RAS" else -1.0
-    assert nibabel.aff2axcodes(affine) == tuple(axes)
-    volume = np.arange(60.0).reshape(3, 4, 5)
-    canonical = nibabel.as_closest_canonical(nibabel.Nifti1Image(volume, affine)).get_fdata()
-    return torch.tensor(volume[..., 1 if axes[2] in "RAS" else 3]), affine, canonical
-
-
-@pytest.mark.parametrize("axes", ["RAS", "LPS", "LAS", "RPI", "ARS", "PLI"])
-def test_axial_slices_show_the_front_up_and_the_right_on_the_left(axes: str) -> None:
-    plane, affine, canonical = turned(axes)
-    assert_allclose(upright(plane, affine), canonical[::-1, ::-1, 1].T)
-
-
-@pytest.mark.parametrize("axes", ["PSR", "SAL"])
-def test_sagittal_slices_show_the_head_up_and_the_front_on_the_left(axes: str) -> None:
-    plane, affine, canonical = turned(axes)
-    expected = canonical[1, ::-1, ::-1].T
-    assert_allclose(upright(plane.expand(2, -1, -1), affine), np.stack([expected] * 2))
-
-
-def test_coronal_slices_show_the_head_up_and_the_right_on_the_left() -> None:
-    plane, affine, canonical = turned("LSA")
-    assert_allclose(upright(plane, affine), canonical[::-1, 1, ::-1].T)
