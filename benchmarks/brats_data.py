@@ -443,6 +443,9 @@ def _read_image(path: Path) -> _Image:
         ValueError: it is empty, cut off, damaged, not NIfTI, or not one 3-D volume of real
             numbers. The message lacks the path.
     """
+    if path.is_dir():  # as Kaggle unpacks BraTS
+        inside = ", ".join(sorted(each.name for each in path.iterdir())) or "nothing"
+        raise ValueError(f"is a folder that holds {inside}; put the file itself in its place")
     content = path.read_bytes()
     sha256 = hashlib.sha256(content).hexdigest()
     if not content:
@@ -454,6 +457,8 @@ def _read_image(path: Path) -> _Image:
             raise ValueError("is cut off: its gzip stream has no end; fetch it again") from None
         except (OSError, zlib.error) as error:
             raise ValueError(f"is damaged or no gzip file ({error}); fetch it again") from None
+    elif content.startswith(b"\x1f\x8b"):
+        raise ValueError("is compressed with gzip; rename it to .nii.gz, or decompress it")
     kinds: tuple[Any, ...] = (nibabel.Nifti1Image, nibabel.Nifti2Image)
     kind = next((kind for kind in kinds if kind.header_class.may_contain_header(content)), None)
     if kind is None:

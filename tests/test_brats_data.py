@@ -283,6 +283,11 @@ def moved(affine: Array) -> Callable[[Path], str]:
     return spoil
 
 
+def compressed(folder: Path) -> str:
+    (folder / f"{folder.name}_t1.nii.gz").rename(folder / f"{folder.name}_t1.nii")
+    return f"{folder.name}_t1.nii"
+
+
 SHIFT = np.eye(4)
 SHIFT[0, 3] = 0.5
 
@@ -316,6 +321,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], str], str]] = {
     "bit flipped": (
         rewrite(lambda x: x[:200] + bytes([x[200] ^ 8]) + x[201:]),
         "is damaged or no gzip file",
+    ),
+    "compressed under the wrong name": (
+        compressed,
+        "is compressed with gzip; rename it to .nii.gz",
     ),
     "text": (rewrite(lambda _: gzip.compress(b"moved to another server")), "is not a NIfTI file"),
     "web page": (rewrite(lambda _: b"<html>403</html>"), "is damaged or no gzip file"),
@@ -374,8 +383,23 @@ def test_a_broken_link_and_a_folder_in_place_of_a_file(tmp_path: Path) -> None:
     (folder / "one_t2.nii.gz").mkdir()
     assert problems(tmp_path) == [
         "one/one_t1.nii.gz: No such file or directory",
-        "one/one_t2.nii.gz: Is a directory",
+        "one/one_t2.nii.gz: is a folder that holds nothing; put the file itself in its place",
     ]
+
+
+def test_nested_folders_of_kaggle_are_named(tmp_path: Path) -> None:
+    folder = write_case(tmp_path / "BraTS20_Training_001", ending=".nii")
+    for path in list(folder.iterdir()):
+        path.rename(folder / "file")
+        path.mkdir()
+        (folder / "file").rename(path / path.name)
+    lines = problems(tmp_path)
+    assert len(lines) == 5
+    for line in lines:
+        place, _, message = line.partition(": ")
+        assert message == (
+            f"is a folder that holds {Path(place).name}; put the file itself in its place"
+        )
 
 
 def test_all_problems_of_all_cases_are_listed(tmp_path: Path) -> None:
