@@ -37,7 +37,9 @@ __all__ = [
     "REGIONS",
     "BratsData",
     "Case",
+    "labels_of",
     "load_folder",
+    "masks_of",
     "read_regions",
     "read_volumes",
     "write_segmentation",
@@ -520,17 +522,39 @@ def read_volumes(case: Case) -> dict[str, Array]:
     return {role: image.array for role, image in images.items()}
 
 
-# --- writing a segmentation ----------------------------------------------------------------------
+# --- regions as labels ---------------------------------------------------------------------------
 
 
-def write_segmentation(path: Path, mask: Tensor | Array, regions: Regions, case: Case) -> None:
-    """Write predicted regions as labels, on the grid and in the orientation of the case's own.
+def labels_of(mask: Array, regions: Regions) -> Array:
+    """Predicted regions (R, ...) bool as labels (...) uint8.
 
     Regions are painted over each other, the one with most labels first. A region's voxels get the
     smallest of its labels that lies in no region painted later, or its smallest label where all
     do: then the labels alone cannot tell it from the smaller ones. For regions nested in each
-    other, reading the labels gives the mask back, and a voxel of an inner region counts as one of
-    the outer ones even where their masks say no.
+    other, :func:`masks_of` gives the mask back, except that a voxel of an inner region counts as
+    one of the outer ones even where their masks say no.
+    """
+    order = sorted(regions, key=lambda name: -len(regions[name]))
+    place = {name: number for number, name in enumerate(regions)}
+    painted = np.zeros(mask.shape[1:], np.uint8)
+    for number, name in enumerate(order):
+        later = {label for other in order[number + 1 :] for label in regions[other]}
+        labels = sorted(regions[name])
+        painted[mask[place[name]]] = next((x for x in labels if x not in later), labels[0])
+    return painted
+
+
+def masks_of(labels: Array, regions: Regions) -> Array:
+    """(R, ...) bool: which voxels have a label of each region."""
+    return np.stack([np.isin(labels, members) for members in regions.values()])
+
+
+# --- writing a segmentation ----------------------------------------------------------------------
+
+
+def write_segmentation(path: Path, mask: Tensor | Array, regions: Regions, case: Case) -> None:
+    """Write predicted regions as :func:`labels_of` them, on the grid and in the orientation of the
+    case's own files.
 
     Args:
         path: ends in ``.nii`` or ``.nii.gz``; written atomically, as unsigned bytes.
@@ -549,19 +573,12 @@ def write_segmentation(path: Path, mask: Tensor | Array, regions: Regions, case:
         )
     if not path.name.endswith(NIFTI):
         raise ValueError(f"{path}: a segmentation's name must end in .nii or .nii.gz")
-    order = sorted(regions, key=lambda name: -len(regions[name]))
-    place = {name: number for number, name in enumerate(regions)}
-    painted = np.zeros(case.shape, np.uint8)
-    for number, name in enumerate(order):
-        later = {label for other in order[number + 1 :] for label in regions[other]}
-        labels = sorted(regions[name])
-        painted[array[place[name]]] = next((x for x in labels if x not in later), labels[0])
     source: Any = nibabel.load(case.segmentation)
     header = source.header.copy()
     header.set_data_dtype(np.uint8)
     header["cal_min"] = header["cal_max"] = 0
     back = _turn(ORIENTATION, _orientations.aff2axcodes(source.affine))
-    painted = _orientations.apply_orientation(painted, back)
+    painted = _orientations.apply_orientation(labels_of(array, regions), back)
     content = type(source)(painted, source.affine, header).to_bytes()
     if path.name.endswith(".gz"):
         content = gzip.compress(content, mtime=0)  # no time: equal masks give equal files

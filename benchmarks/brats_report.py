@@ -36,7 +36,9 @@ of one patient, at its own resolution; then averaged over the {cases}. "mean": o
 {combinations} combinations. "worst": the combination with the worst mean, and which it is.
 """
 _DICE_NOTES = """\
-A voxel is predicted where the probability is above 0.5. Dice is 100 where prediction and ground
+A voxel is predicted where the probability is above 0.5; then the regions are those of the labels
+that --predict writes: a voxel of a smaller region is one of the larger ones that hold it, too, and
+where regions overlap otherwise, of one of them. Dice is 100 where prediction and ground
 truth are both empty, and 0 where only one of them is.
 """
 _HD95_NOTES = """\

@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from benchmarks import ranks
-from benchmarks.brats_data import MODALITIES, BratsData, Case
-from benchmarks.brats_metrics import case_scores, hard_dice
+from benchmarks.brats_data import MODALITIES, BratsData, Case, Regions
+from benchmarks.brats_metrics import case_scores, hard_dice, segmented
 from benchmarks.brats_volumes import training_batches
 from benchmarks.checkpoint import load_checkpoint, save_checkpoint
 from benchmarks.gradients import Merges
@@ -561,7 +561,8 @@ class Training:
         """Of a validation case, for each combination and region."""
         sample = self.prepared.datasets["valid"][index]
         logits = case_logits(self.model, sample, self.config)
-        masks = [mean_of(logits, combination) > 0 for combination in _of(logits)]
+        regions = self.prepared.data.regions
+        masks = [segmented(mean_of(logits, combination), regions) for combination in _of(logits)]
         return [value for mask in masks for value in hard_dice(mask, sample["label"] > 0)]
 
     def _keep_best(self, dice: float | None) -> None:
@@ -581,12 +582,12 @@ class Training:
         best.to(self.device).eval()
         cases = self.prepared.split["test"]
         shown = shown_case(self.prepared)
-        regions = list(self.prepared.data.regions)
+        regions = self.prepared.data.regions
 
         def test(index: int) -> tuple[dict[str, Any], dict[str, Any]]:
             case, sample = cases[index], self.prepared.datasets["test"][index]
             logits = case_logits(best, sample, self.config)
-            slices = case_slices(case, sample, logits) if case.name == shown else {}
+            slices = case_slices(case, sample, logits, regions) if case.name == shown else {}
             scores = self.tested.get(case.name) or {
                 "+".join(combination): case_scores(
                     mean_of(logits, combination), sample["label"], case.spacing, regions
@@ -704,7 +705,9 @@ def shown_case(prepared: Prepared) -> str:
     return (complete or list(cases))[0].name
 
 
-def case_slices(case: Case, sample: Sample, logits: Mapping[str, Tensor]) -> dict[str, Any]:
+def case_slices(
+    case: Case, sample: Sample, logits: Mapping[str, Tensor], regions: Regions
+) -> dict[str, Any]:
     """The axial slice in which the first region is largest, for the picture.
 
     Turned as it is looked at: the front up, the patient's right on the left.
@@ -718,7 +721,9 @@ def case_slices(case: Case, sample: Sample, logits: Mapping[str, Tensor]) -> dic
         "volumes": sample["volume"][..., index].mT.contiguous(),  # not the whole of it
         "truth": label[..., index].mT.contiguous(),
         "predictions": {
-            "+".join(combination): (mean_of(logits, combination)[..., index].mT > 0).byte()
+            "+".join(combination): segmented(
+                mean_of(logits, combination)[..., index].mT, regions
+            ).byte()
             for combination in combinations
         },
     }

@@ -23,7 +23,7 @@ from monai.transforms.utility.dictionary import EnsureTyped
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from benchmarks import ranks
-from benchmarks.brats_data import MODALITIES, SEGMENTATION, Case, Regions, read_volumes
+from benchmarks.brats_data import MODALITIES, SEGMENTATION, Case, Regions, masks_of, read_volumes
 from benchmarks.results import atomic_path
 
 __all__ = ["CACHES", "NORMALISATIONS", "make_dataset", "training_batches"]
@@ -101,7 +101,7 @@ class ReadCase(Transform):
     def __call__(self, case: Case) -> Sample:
         arrays = read_volumes(case)
         segmentation = arrays.pop(SEGMENTATION)
-        label = np.stack([np.isin(segmentation, labels) for labels in self.regions.values()])
+        label = masks_of(segmentation, self.regions)
         volume = np.zeros((len(MODALITIES), *case.shape), np.float32)
         for number, name in enumerate(MODALITIES):
             if name in arrays:

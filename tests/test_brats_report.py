@@ -20,6 +20,7 @@ from benchmarks.brats_report import Report, write_report
 from benchmarks.gradients import diagnose, diagnose_all, gradient_table, summarise_gradients
 
 EMPTY = torch.zeros(1, 6, 6, 6, dtype=torch.bool)
+NESTED = {"WT": (1, 2, 4), "TC": (1, 4), "ET": (4,)}
 LN3 = math.log(3)  # sigmoid(ln 3) = 3/4
 
 
@@ -113,7 +114,7 @@ def test_all_scores_of_a_case() -> None:
     prediction = torch.cat([box(1, 3), EMPTY, EMPTY])
     label = torch.cat([box(2, 4), EMPTY, box(1, 2)]).to(torch.uint8)
     logits = torch.where(prediction, LN3, -math.inf)
-    found = case_scores(logits, label, (1, 1, 1), ["WT", "TC", "ET"])
+    found = case_scores(logits, label, (1, 1, 1), NESTED)
     assert list(found) == ["WT", "TC", "ET"]
     assert [row["dice"] for row in found.values()] == [0.5, 1.0, 0.0]
     # Each of the four outer voxels is one step from the other box.
@@ -126,8 +127,8 @@ def test_all_scores_of_a_case() -> None:
 def test_half_is_not_above_a_half() -> None:
     logits = torch.zeros(1, 2, 2, 2)
     label = torch.ones(1, 2, 2, 2, dtype=torch.uint8)
-    assert case_scores(logits, label, (1, 1, 1), ["WT"])["WT"]["dice"] == 0.0
-    assert case_scores(logits + 1e-3, label, (1, 1, 1), ["WT"])["WT"]["dice"] == 1.0
+    assert case_scores(logits, label, (1, 1, 1), {"WT": (1,)})["WT"]["dice"] == 0.0
+    assert case_scores(logits + 1e-3, label, (1, 1, 1), {"WT": (1,)})["WT"]["dice"] == 1.0
 
 
 def test_half_precision_is_summed_in_single() -> None:
@@ -139,11 +140,11 @@ def test_half_precision_is_summed_in_single() -> None:
 def test_scores_that_cannot_be_given_are_refused() -> None:
     logits, label = torch.zeros(1, 2, 2, 2), torch.zeros(1, 2, 2, 2)
     with pytest.raises(ValueError, match=r"R = 2 regions \('WT', 'TC'\)"):
-        case_scores(logits, label, (1, 1, 1), ("WT", "TC"))
+        case_scores(logits, label, (1, 1, 1), {"WT": (1, 2), "TC": (1,)})
     with pytest.raises(ValueError, match=r"logits \(1, 2, 2, 2\) and label \(1, 2, 2, 3\)"):
-        case_scores(logits, torch.zeros(1, 2, 2, 3), (1, 1, 1), ("WT",))
+        case_scores(logits, torch.zeros(1, 2, 2, 3), (1, 1, 1), {"WT": (1,)})
     with pytest.raises(ValueError, match="hold NaN"):
-        case_scores(logits / 0, label, (1, 1, 1), ("WT",))
+        case_scores(logits / 0, label, (1, 1, 1), {"WT": (1,)})
 
 
 # --- reports -------------------------------------------------------------------------------------
