@@ -18,10 +18,11 @@ pcgrad    the rule in GMD's released code
 BRATS is a folder of cases as BraTS 2018, 2020, 2021, 2023 or 2024 lays it out, or one like it.
 Without --data, phantoms are generated, written as NIfTI and read as any other data. The preset sets
 all other defaults: quick (minutes on a CPU), paper, or released; benchmarks/brats_training.py lists
-each value and where it comes from. Every test case is segmented from each of the 15 combinations.
-Results go to results/brats-DATE: results.json, table.md, dice.png, angles.png, dominance.png,
-cases.png, and the best and last model of each training. Ctrl-C, or a killed process, leaves a
-checkpoint that --resume continues from: on a CPU exactly, on a GPU up to its own nondeterminism.
+each value and where it comes from. Every test case is segmented from each of the 15 combinations
+that it has. Results go to results/brats-DATE: results.json, table.md, dice.png, angles.png,
+dominance.png, cases.png, and the best and last model of each training. Ctrl-C, or a killed process,
+leaves a checkpoint that --resume continues from: on a CPU exactly, on a GPU up to its own
+nondeterminism.
 On several ranks, with --device cuda on a GPU each:
 
     torchrun --nproc-per-node 2 -m benchmarks.brats ...
@@ -226,8 +227,8 @@ def _selection(config: Config, splits: Mapping[str, Sequence[str]]) -> str:
     if not splits["valid"]:
         return "Tested: the last epoch; this split has no validation cases."
     return (
-        "Tested: the epoch with the highest Dice on the validation split, mean over cases, "
-        f"combinations and regions, of every {config.validate_every}th epoch and the last."
+        "Tested: the epoch with the highest Dice on the validation split, mean over cases, the "
+        f"combinations each has and regions, of every {config.validate_every}th epoch and the last."
     )
 
 
@@ -241,8 +242,8 @@ def _line_of(result: Mapping[str, Any]) -> str:
     valid = "no validation" if result["valid_dice"] is None else f"{result['valid_dice']:.3f}"
     return (
         f"{result['method']}, seed {result['seed']}: epoch {result['best_epoch']}, valid Dice "
-        f"{valid}, test Dice {math.fsum(values) / len(values):.3f}, mean over combinations "
-        f"({result['seconds']:.0f} s)"
+        f"{valid}, test Dice {math.fsum(values) / len(values):.3f}, mean over cases and the "
+        f"combinations each has ({result['seconds']:.0f} s)"
     )
 
 

@@ -32,8 +32,8 @@ FILLED, EMPTY, NOTHING = "●", "○", "–"
 
 _NOTES = """\
 ● available, ○ missing. {spread} Every score is of the whole volume of one case, which is one scan
-of one patient, at its own resolution; then averaged over the {cases}. "mean": over the
-{combinations} combinations. "worst": the combination with the worst mean, and which it is.
+of one patient, at its own resolution; then averaged over the {cases}. "mean": over
+{averaged}. "worst": the combination with the worst mean, and which it is.
 """
 _DICE_NOTES = """\
 A voxel is predicted where the probability is above 0.5; then the regions are those of the labels
@@ -184,7 +184,7 @@ class Report:
                 "summary": {method: self._summary(method) for method in self.methods},
                 "comparisons": {
                     "against": "sum",
-                    "metric": "Dice, mean over combinations and regions",
+                    "metric": f"Dice, mean over {self._compared_over()} and over the regions",
                     "over": self.pairs,
                     **{method: asdict(found) for method, found in self.compare().items()},
                 },
@@ -223,8 +223,9 @@ class Report:
         cases = len(self.splits["test"])
         about = _NOTES.format(
             spread=self._spread_sentence(),
-            cases=f"{cases} test case{'s' if cases > 1 else ''}",
-            combinations=len(self.order),
+            cases=f"{cases} test case{'s' if cases > 1 else ''}"
+            + ("" if self._complete() else ", as far as they have the modalities"),
+            averaged=self.averaged,
         )
         parts = [
             f"# Brain tumours with missing modalities{note}\n",
@@ -291,13 +292,22 @@ class Report:
             "the same cases, and cannot be compared with each other."
         )
 
-    def _counts(self) -> list[int]:
+    @property
+    def counts(self) -> list[int]:
         """Per combination, the test cases that have it: the same for every method."""
         scores = self.scores(self.methods[0], "dice", self.regions[0])
         return [int(count) for count in np.isfinite(scores[0]).sum(0)]
 
     def _complete(self) -> bool:
-        return min(self._counts()) == len(self.splits["test"])
+        return min(self.counts) == len(self.splits["test"])
+
+    @property
+    def averaged(self) -> str:
+        """What a mean over combinations is over: without those that no test case has."""
+        there, count = sum(n > 0 for n in self.counts), len(self.order)
+        if there == count:
+            return f"the {count} combinations"
+        return f"the combinations that a test case has ({there} of {count})"
 
     def _combination_table(self, metric: str, cell: "_Format") -> str:
         """15 rows for four modalities, then mean and worst; columns by region, then by method."""
@@ -308,7 +318,7 @@ class Report:
         ]
         many = len(self.seeds) > 1
         counted = not self._complete()
-        counts = self._counts()
+        counts = self.counts
         rows = []
         for number, name in enumerate(self.order):
             there = name.split("+")
@@ -346,8 +356,8 @@ class Report:
                 value = cell(_Statistics.of(scores[..., [worst]]), len(self.seeds) > 1)
                 row.append(f"{value.partition(' ± ')[0]} ({_displayed(self.order[worst])})")
             rows.append(row)
-        over = f", mean over the {len(self.order)} combinations"
-        over += f" and {len(self.regions)} regions" if len(self.regions) > 1 else ""
+        over = f", mean over {self.averaged}"
+        over += f" and over {len(self.regions)} regions" if len(self.regions) > 1 else ""
         each = ["sd over cases", "worst combination"]
         header = ["method", f"Dice in %{over}", *each, "HD95 in mm, same mean", *each]
         return results.markdown_table(header, rows)
@@ -359,6 +369,10 @@ class Report:
     def pairs(self) -> str:
         """What is paired: seeds; with one of them test cases, which say nothing about seeds."""
         return "seeds" if len(self.seeds) > 1 else "test cases"
+
+    def _compared_over(self) -> str:
+        by_case = self.pairs == "test cases" and not self._complete()
+        return "the combinations that each case has" if by_case else self.averaged
 
     def compare(self) -> dict[str, Comparison]:
         """Mean Dice of each method less that of ``sum``, in pairs; positive: better."""
@@ -373,7 +387,7 @@ class Report:
 
     def sentence(self, method: str, found: Comparison) -> str:
         mean, over, n = 100 * found.mean, self.pairs, len(found.differences)
-        start = f"{method} against sum, mean Dice: {mean:+.2f} points"
+        start = f"{method} against sum, mean Dice over {self._compared_over()}: {mean:+.2f} points"
         if found.std is None or found.interval is None:
             return f"{start} on one test case with one seed; that says nothing about noise."
         low, high = (100 * end for end in found.interval)
@@ -499,17 +513,20 @@ def _displayed(name: str) -> str:
 
 def write_report(report: Report, folder: Path) -> str:
     """Write everything, the result file last: a folder that has one is finished."""
-    seeds, cases = len(report.seeds), len(report.splits["test"])
+    seeds, cases = len(report.seeds), f"{len(report.splits['test'])} test cases"
+    if min(report.counts) < len(report.splits["test"]):
+        cases = f"those of {cases} that have them"
     if seeds > 1:
         over = f"mean ± sample std over {seeds} seeds"
-        bars = f"mean over {cases} test cases; bars: sample std over {seeds} seeds"
+        bars = f"mean over {cases}; bars: sample std over {seeds} seeds"
     else:
         over = "1 seed"
-        bars = f"mean over {cases} test cases; bars: the middle half of the cases; 1 seed"
+        bars = f"mean over {cases}; bars: the middle half of the cases; 1 seed"
     _draw_case(report, folder / "cases.png")
     draw_combinations(
         folder / "dice.png",
-        f"Test Dice by available modalities, {report.label}\n({bars})",
+        f"Test Dice by available modalities, {report.label}\n"
+        f"({bars}; right: mean over {report.averaged})",
         [_displayed(modality) for modality in report.modalities],
         np.array([[m in name.split("+") for m in report.modalities] for name in report.order]),
         {

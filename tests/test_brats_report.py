@@ -282,6 +282,12 @@ def test_a_combination_that_no_case_has_is_no_number(tmp_path: Path) -> None:
     found = report([run])
     rows = table(found.as_markdown(), "Test Dice")
     assert rows[2] == ["○", "●", "0", "–", "–"]
+    text = " ".join(found.as_markdown().split())
+    averaged = "the combinations that a test case has (1 of 3)"
+    assert f'"mean": over {averaged}.' in text
+    assert f"Dice in %, mean over {averaged} and over 2 regions" in text
+    assert "the 3 combinations" not in text
+    assert "the combinations that each case has" in found.as_json()["comparisons"]["metric"]
     write_report(found, tmp_path)
 
 
@@ -292,7 +298,9 @@ def test_methods_are_compared_with_sum_seed_by_seed() -> None:
     comparison = found.compare()["gmd"]
     assert_allclose(comparison.differences, [0.75 * 0.04, 0], atol=1e-12)
     sentence = found.sentence("gmd", comparison)
-    assert sentence.startswith("gmd against sum, mean Dice: +1.50 points ± 2.12 (paired over 2")
+    assert sentence.startswith(
+        "gmd against sum, mean Dice over the 3 combinations: +1.50 points ± 2.12 (paired over 2"
+    )
     assert "no reason to prefer gmd" in sentence
 
 
