@@ -78,7 +78,7 @@ class Case:
             names (``Brats18_TCIA08_167_1``) and the time point at the end of names since 2023
             (``BraTS-GLI-00005-001``) are dropped; any other name is a patient's own.
         files: the available modalities, in the order of MODALITIES.
-        segmentation: the file of labels.
+        segmentation: the file of labels; None where they were not asked for.
         shape: voxels along each axis, of volumes that are turned to ORIENTATION.
         spacing: mm between voxels along each axis.
         digest: SHA-256 over the contents of its files.
@@ -87,10 +87,15 @@ class Case:
     name: str
     patient: str
     files: Mapping[str, Path]
-    segmentation: Path
+    segmentation: Path | None
     shape: tuple[int, int, int]
     spacing: tuple[float, float, float]
     digest: str
+
+    @property
+    def grid(self) -> Path:
+        """The file whose grid a segmentation of the case is written on."""
+        return self.segmentation or next(iter(self.files.values()))
 
 
 @dataclass(frozen=True)
@@ -160,6 +165,7 @@ def load_folder(
     regions: Regions,
     *,
     allow_missing: bool = False,
+    labelled: bool = True,
     workers: int = 0,
     phantom: bool = False,
     progress: bool = False,
@@ -171,6 +177,7 @@ def load_folder(
         regions: name -> labels; no other label but 0 may occur.
         allow_missing: accept cases without some modality files. One must be there, the
             segmentation always, and no file that looks like the missing one, misnamed.
+        labelled: False accepts cases without a segmentation, and looks at none.
         workers: threads (decompressing releases Python's lock); 0 is one. Hundreds of cases take
             minutes.
         phantom: copied to the result.
@@ -183,7 +190,9 @@ def load_folder(
     folder = Path(folder)
     found = _case_folders(folder)
     problems = _duplicates(folder, found)
-    check = partial(_check_case, folder, regions=regions, allow_missing=allow_missing)
+    check = partial(
+        _check_case, folder, regions=regions, allow_missing=allow_missing, labelled=labelled
+    )
     cases: list[Case] = []
     labels: set[int] = set()
     with (
@@ -205,7 +214,7 @@ def load_folder(
             f"to be solved before training:{shown}{rest}"
         )
     for name, members in regions.items():
-        if not labels.intersection(members):
+        if labelled and not labels.intersection(members):
             text = ", ".join(map(str, members))
             warnings.warn(
                 f"{folder}: no case has a voxel of region {name} (labels {text}); "
@@ -266,11 +275,11 @@ def _duplicates(folder: Path, found: Iterable[Path]) -> list[str]:
 
 
 def _check_case(
-    root: Path, folder: Path, *, regions: Regions, allow_missing: bool
+    root: Path, folder: Path, *, regions: Regions, allow_missing: bool, labelled: bool
 ) -> tuple[Case | None, set[int], list[str]]:
     """The case (None if it has problems), its labels, and its problems."""
     where = folder.relative_to(root)
-    files, problems = _files_of(folder, where, allow_missing)
+    files, problems = _files_of(folder, where, allow_missing, labelled)
     reference: tuple[Path, _Image] | None = None
     labels: set[int] = set()
     digests = {}
@@ -301,7 +310,7 @@ def _check_case(
         name=folder.name,
         patient=_patient(folder.name),
         files={name: files[name] for name in MODALITIES if name in files},
-        segmentation=files[SEGMENTATION],
+        segmentation=files.get(SEGMENTATION),
         shape=(shape[0], shape[1], shape[2]),
         spacing=(spacing[0], spacing[1], spacing[2]),
         digest=_digest(digests),
@@ -316,7 +325,9 @@ def _patient(name: str) -> str:
     return name
 
 
-def _files_of(folder: Path, where: Path, allow_missing: bool) -> tuple[dict[str, Path], list[str]]:
+def _files_of(
+    folder: Path, where: Path, allow_missing: bool, labelled: bool
+) -> tuple[dict[str, Path], list[str]]:
     """The case's files by role, and what is wrong with their names."""
     volumes = sorted(path.name for path in folder.iterdir() if _may_be_volume(path))
     prefix = re.escape(folder.name)
@@ -332,13 +343,14 @@ def _files_of(folder: Path, where: Path, allow_missing: bool) -> tuple[dict[str,
             problems.append(f"{where}: more than one file for {role}, {listed}; keep one")
         if matching:
             files[role] = folder / matching[0]
-    missing = [role for role in (*MODALITIES, SEGMENTATION) if role not in files]
+    wanted = (*MODALITIES, SEGMENTATION) if labelled else MODALITIES
+    missing = [role for role in wanted if role not in files]
     present = [role for role in MODALITIES if role in files]
     strange = sorted(set(volumes) - {path.name for path in files.values()})
     for role in missing:
         alike = _alike(strange, role)
         if role == SEGMENTATION:
-            advice = "every case needs one"
+            advice = "a case without one can only be segmented (--model)"
         elif not allow_missing:
             advice = "fetch it, or allow missing modalities (--allow-missing)"
         elif not present:
@@ -352,7 +364,7 @@ def _files_of(folder: Path, where: Path, allow_missing: bool) -> tuple[dict[str,
         hint = f"; there is also {also}: is it misnamed, packed or not complete?" if also else ""
         kind = "segmentation" if role == SEGMENTATION else f"{role} file"
         problems.append(f"{where / name}: missing {kind}; {advice}{hint}")
-    return files, problems
+    return {role: path for role, path in files.items() if role in wanted}, problems
 
 
 def _alike(names: Iterable[str], role: str) -> list[str]:
@@ -503,14 +515,17 @@ def _digest(files: Mapping[str, str]) -> str:
 
 
 def read_volumes(case: Case) -> dict[str, Array]:
-    """The available modalities' volumes and ``"seg"``, the labels: (D, H, W) in ORIENTATION.
+    """The available modalities' volumes and ``"seg"``, labels if any: (D, H, W) in ORIENTATION.
 
     Raises:
         OSError: a file is gone.
         ValueError: a file is not what it was when the case was checked.
     """
     images = {}
-    for role, path in (*case.files.items(), (SEGMENTATION, case.segmentation)):
+    files = dict(case.files)
+    if case.segmentation is not None:
+        files[SEGMENTATION] = case.segmentation
+    for role, path in files.items():
         try:
             images[role] = _read_image(path)
         except ValueError as error:
@@ -560,7 +575,8 @@ def write_segmentation(path: Path, mask: Tensor | Array, regions: Regions, case:
         path: ends in ``.nii`` or ``.nii.gz``; written atomically, as unsigned bytes.
         mask: (R, D, H, W) bool in ORIENTATION, regions in the order of ``regions``.
         regions: name -> labels, 1 to 255.
-        case: gives shape, affine, orientation codes and units.
+        case: gives shape, affine, orientation codes and units: those of its segmentation, or of
+            its first modality.
 
     Raises:
         ValueError: the mask has another shape or the path another ending.
@@ -573,7 +589,7 @@ def write_segmentation(path: Path, mask: Tensor | Array, regions: Regions, case:
         )
     if not path.name.endswith(NIFTI):
         raise ValueError(f"{path}: a segmentation's name must end in .nii or .nii.gz")
-    source: Any = nibabel.load(case.segmentation)
+    source: Any = nibabel.load(case.grid)
     header = source.header.copy()
     header.set_data_dtype(np.uint8)
     header["cal_min"] = header["cal_max"] = 0

@@ -125,7 +125,7 @@ def acn_split(data: BratsData) -> Split:
 
 
 def _grade(case: Case) -> str:
-    return case.segmentation.parent.parent.name
+    return case.grid.parent.parent.name
 
 
 def _split(data: BratsData, role: Mapping[str, str]) -> Split:

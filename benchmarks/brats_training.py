@@ -42,6 +42,7 @@ __all__ = [
     "Prepared",
     "Training",
     "case_logits",
+    "load_config",
     "load_model",
     "mean_of",
     "model_config",
@@ -632,6 +633,7 @@ class Training:
                 content = {
                     "model_config": asdict(self.model.config),
                     "model": weights,
+                    "config": asdict(self.config),
                     "method": self.method,
                     "seed": self.seed,
                     "epoch": epoch,
@@ -688,6 +690,17 @@ class Training:
 def model_file(folder: Path, kind: str, method: str, seed: int) -> Path:
     """Where the ``kind`` ("best" or "last") model of a training lies."""
     return folder / f"{kind}-{method}-seed{seed}.pt"
+
+
+def load_config(path: Path) -> Config:
+    """What a model was trained with. Raises OSError, ValueError."""
+    content = load_checkpoint(path)
+    try:
+        if "model_config" in content:  # which a checkpoint of a run has not
+            return Config(**content["config"])
+    except (KeyError, TypeError):  # of an earlier version
+        pass
+    raise ValueError(f"{path}: not a model that this version saved, such as best-gmd-seed0.pt")
 
 
 def load_model(path: Path) -> DynamicSharingUNet3d:

@@ -47,7 +47,8 @@ def make_dataset(
     """A map-style dataset of whole cases, in the order given, at their own resolution.
 
     Items are dictionaries of ``volume`` (M, D, H, W) float32, zeros where a modality is missing;
-    ``available`` (M,) bool; ``label`` (R, D, H, W) uint8, 0 or 1; ``name``. Modalities are in the
+    ``available`` (M,) bool; ``label`` (R, D, H, W) uint8, 0 or 1, unless the case has no
+    segmentation; ``name``. Modalities are in the
     order of MODALITIES, regions in that of ``regions``. Tensors of a memory cache are the cache's
     own: do not change them in place.
 
@@ -100,19 +101,20 @@ class ReadCase(Transform):
 
     def __call__(self, case: Case) -> Sample:
         arrays = read_volumes(case)
-        segmentation = arrays.pop(SEGMENTATION)
-        label = masks_of(segmentation, self.regions)
+        segmentation = arrays.pop(SEGMENTATION, None)
         volume = np.zeros((len(MODALITIES), *case.shape), np.float32)
         for number, name in enumerate(MODALITIES):
             if name in arrays:
                 normalise = NORMALISATIONS[self.normalisation]
                 volume[number] = normalise(arrays.pop(name).astype(np.float32))
-        return {
+        sample: Sample = {
             "volume": torch.from_numpy(volume),
             "available": torch.tensor([name in case.files for name in MODALITIES]),
-            "label": torch.from_numpy(label.astype(np.uint8)),
-            "name": case.name,
         }
+        if segmentation is not None:
+            label = masks_of(segmentation, self.regions)
+            sample["label"] = torch.from_numpy(label.astype(np.uint8))
+        return {**sample, "name": case.name}
 
     def key(self, case: Case) -> str:
         """Of everything that the sample depends on."""

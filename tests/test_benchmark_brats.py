@@ -1031,6 +1031,8 @@ def stopped(arguments: Sequence[str | Path], capsys: pytest.CaptureFixture[str])
         (["--resume", "x", "--lr", "1", "--batch-size", "4"], "leave out --lr, --batch-size"),
         (["--resume", "x", "--out", "y"], "leave out --out"),
         (["--resume", "x", "--check"], "leave out --check"),
+        (["--model", "x"], "--model: say also --predict OUT and --data FOLDER"),
+        (["--model", "x", "--predict", "y"], "as in training; leave out --epochs, --crop"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -1329,6 +1331,27 @@ def test_a_finished_run_segments_later(finished: Path, prepared: Prepared, tmp_p
         same.append(found == (finished.parent / "segmentations" / name).read_bytes())
     assert same == [True, False]
     assert sorted(os.listdir(out)) == before
+
+
+def test_cases_without_segmentations_are_segmented_by_a_model(
+    finished: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases, out = tmp_path / "cases", tmp_path / "out"
+    shutil.copytree(folder, cases)
+    for path in cases.glob("*/*_seg.nii.gz"):
+        path.unlink()
+    arguments = ["--data", cases, "--predict", out]
+    for model in (finished / "results.json", finished / "nowhere.pt"):
+        assert str(model) in stopped([*arguments, "--model", model], capsys)
+    assert not out.exists()
+    model = finished / "best-gmd-seed0.pt"
+    assert main(list(map(str, [*arguments, "--model", model]))) == 0
+    assert sorted(os.listdir(out)) == [f"Phantom_{number:03d}.nii.gz" for number in range(6)]
+    found: Any = nibabel.load(out / "Phantom_005.nii.gz")
+    other: Any = nibabel.load(finished.parent / "segmentations/gmd-seed0/Phantom_005.nii.gz")
+    np.testing.assert_array_equal(found.dataobj, other.dataobj)
+    np.testing.assert_array_equal(found.affine, other.affine)
+    assert found.get_data_dtype() == np.uint8
 
 
 def test_a_finished_run_prints_its_table(
