@@ -350,7 +350,7 @@ def _files_of(
     for role in missing:
         alike = _alike(strange, role)
         if role == SEGMENTATION:
-            advice = "a case without one can only be segmented (--model)"
+            advice = "fetch it; a case without one can only be segmented (--model)"
         elif not allow_missing:
             advice = "fetch it, or allow missing modalities (--allow-missing)"
         elif not present:
