@@ -4,8 +4,11 @@
     python -m benchmarks.brats --data BRATS --preset paper --device cuda --amp bf16 --workers 8
     python -m benchmarks.brats --data BRATS18 --preset released --device cuda
     python -m benchmarks.brats --data BRATS23 --regions "WT=1,2,3 TC=1,3 ET=3"
+    python -m benchmarks.brats --data BRATS24 --regions "WT=1,2,3 TC=1,3 ET=3 RC=4"
     python -m benchmarks.brats --data BRATS --preset paper --check     # looks at everything, stops
     python -m benchmarks.brats --resume results/brats-2026-01-31 --predict segmentations
+    python -m benchmarks.brats --model results/brats-2026-01-31/best-gmd-seed0.pt --data VALIDATION
+        --predict segmentations                                  # cases without segmentations
 
 One network is trained per method and seed, from the same initial weights and with the same crops:
 
@@ -14,13 +17,14 @@ sum       the losses of the combinations, no decoupling
 gmd       the GMD paper's rule
 pcgrad    the rule in GMD's released code
 
-BRATS is a folder of cases as BraTS 2018, 2020, 2021 or 2023 lays it out, or any folder like it.
+BRATS is a folder of cases as BraTS 2018, 2020, 2021, 2023 or 2024 lays it out, or one like it.
 Without --data, phantoms are generated, written as NIfTI and read as any other data. The preset sets
 all other defaults: quick (minutes on a CPU), paper, or released; benchmarks/brats_training.py lists
-each value and where it comes from. Every test case is segmented from each of the 15 combinations.
-Results go to results/brats-DATE: results.json, table.md, dice.png, angles.png, dominance.png,
-cases.png, and the best and last model of each training. Ctrl-C, or a killed process, leaves a
-checkpoint that --resume continues from: on a CPU exactly, on a GPU up to its own nondeterminism.
+each value and where it comes from. Every test case is segmented from each of the 15 combinations
+that it has. Results go to results/brats-DATE: results.json, table.md, dice.png, angles.png,
+dominance.png, cases.png, and the best and last model of each training. Ctrl-C, or a killed process,
+leaves a checkpoint that --resume continues from: on a CPU exactly, on a GPU up to its own
+nondeterminism.
 On several ranks, with --device cuda on a GPU each:
 
     torchrun --nproc-per-node 2 -m benchmarks.brats ...
@@ -46,6 +50,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from benchmarks import ranks, results
@@ -60,7 +65,10 @@ from benchmarks.arguments import (
 )
 from benchmarks.brats_data import (
     MODALITIES,
+    REGIONS_2023,
     BratsData,
+    Case,
+    Regions,
     load_folder,
     read_regions,
     write_segmentation,
@@ -79,6 +87,7 @@ from benchmarks.brats_training import (
     Prepared,
     Training,
     case_logits,
+    load_config,
     load_model,
     mean_of,
     model_config,
@@ -94,6 +103,7 @@ __all__ = ["main"]
 PHANTOM_SIZE = (52, 64, 49)
 PHANTOM_SEED = 0
 FOLDS = 5
+FREE = ("data", "allow_missing", "amp", "device", "workers", "threads")  # with --model
 MEASURED_CROP = 48  # --check on a CPU measures a step of at most this crop, and scales it
 
 
@@ -114,14 +124,14 @@ def _main(arguments: list[str]) -> int:
 def _begin(arguments: list[str]) -> int:
     parser = _parser()
     options = vars(parser.parse_args(arguments))
-    check, predict = options.pop("check", False), options.pop("predict", None)
+    predict = options.pop("predict", None)
+    if "model" in options:
+        return _apply(parser, options.pop("model"), options, predict)
+    check = options.pop("check", False)
     if check and ranks.count() > 1:
         parser.error("argument --check: measures one process; start it without torchrun")
     if predict is not None:
-        try:
-            predict.mkdir(parents=True, exist_ok=True)  # not after hours of training
-        except OSError as error:
-            parser.error(f"argument --predict: cannot create {predict}: {error.strerror}")
+        _make(parser, predict)  # not after hours of training
     if "resume" in options:
         return _resume(parser, options.pop("resume"), [*options, *["check"] * check], predict)
     wanted = options.pop("out", Path("results") / f"brats-{datetime.date.today()}")
@@ -144,6 +154,40 @@ def _begin(arguments: list[str]) -> int:
     environment, digest = _versions(), prepared.data.digest
     session = Session.start(parser, wanted, asdict(config), command, environment, digest)
     return _run(session, config, prepared, predict)
+
+
+def _make(parser: argparse.ArgumentParser, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"argument --predict: cannot create {folder}: {error.strerror}")
+
+
+def _apply(
+    parser: argparse.ArgumentParser, path: Path, options: Mapping[str, Any], out: Path | None
+) -> int:
+    """Segment all cases of a folder, which need no segmentation of their own, with one model."""
+    if out is None or "data" not in options:
+        parser.error("argument --model: say also --predict OUT and --data FOLDER")
+    if given := [f"--{name.replace('_', '-')}" for name in options if name not in FREE]:
+        parser.error(f"argument --model: the rest is as in training; leave out {', '.join(given)}")
+    source = "--model"
+    try:
+        here = {name: getattr(Config(), name) for name in ("allow_missing", "device", "threads")}
+        config = dataclasses.replace(load_config(path), **{**here, **options})
+        torch.set_num_threads(config.threads)
+        source = "--data"
+        regions = read_regions(config.regions)
+        data = _load(Path(options["data"]), regions, config, labelled=False)
+    except ValueError as error:
+        parser.error(f"argument {source}: {error}")
+    except OSError as error:
+        parser.error(f"argument {source}: cannot use {error.filename}: {error.strerror}")
+    _make(parser, out)
+    dataset = make_dataset(data.cases, regions, normalisation=config.normalisation, cache="none")
+    _segment({path: out}, config, regions, data.cases, dataset)
+    print(f"segmentations written to {out}", file=sys.stderr)
+    return 0
 
 
 def _resume(
@@ -224,8 +268,8 @@ def _selection(config: Config, splits: Mapping[str, Sequence[str]]) -> str:
     if not splits["valid"]:
         return "Tested: the last epoch; this split has no validation cases."
     return (
-        "Tested: the epoch with the highest Dice on the validation split, mean over cases, "
-        f"combinations and regions, of every {config.validate_every}th epoch and the last."
+        "Tested: the epoch with the highest Dice on the validation split, mean over cases, the "
+        f"combinations each has and regions, of every {config.validate_every}th epoch and the last."
     )
 
 
@@ -239,35 +283,48 @@ def _line_of(result: Mapping[str, Any]) -> str:
     valid = "no validation" if result["valid_dice"] is None else f"{result['valid_dice']:.3f}"
     return (
         f"{result['method']}, seed {result['seed']}: epoch {result['best_epoch']}, valid Dice "
-        f"{valid}, test Dice {math.fsum(values) / len(values):.3f}, mean over combinations "
-        f"({result['seconds']:.0f} s)"
+        f"{valid}, test Dice {math.fsum(values) / len(values):.3f}, mean over cases and the "
+        f"combinations each has ({result['seconds']:.0f} s)"
     )
 
 
 def _predict(folder: Path, config: Config, prepared: Prepared, out: Path) -> None:
     """Segment the test cases, each from all modalities it has, with every training's best model."""
-    trainings = [(method, seed) for method in config.methods for seed in config.all_seeds]
-    cases = prepared.split["test"]
+    folders = {
+        model_file(folder, "best", method, seed): out / f"{method}-seed{seed}"
+        for method in config.methods
+        for seed in config.all_seeds
+    }
+    cases, dataset = prepared.split["test"], prepared.datasets["test"]
+    _segment(folders, config, prepared.data.regions, cases, dataset)
+    print(f"segmentations written to {out}", file=sys.stderr)
+
+
+def _segment(
+    folders: Mapping[Path, Path],
+    config: Config,
+    regions: Regions,
+    cases: Sequence[Case],
+    dataset: "Dataset[dict[str, Any]]",
+) -> None:
+    """With each model file, into its folder."""
 
     def segment(model: DynamicSharingUNet3d, below: Path, index: int) -> None:
-        logits = case_logits(model, prepared.datasets["test"][index], config)
+        logits = case_logits(model, dataset[index], config)
         mask = mean_of(logits, list(logits)) > 0
-        path = below / f"{cases[index].name}.nii.gz"
-        write_segmentation(path, mask, prepared.data.regions, cases[index])
+        write_segmentation(below / f"{cases[index].name}.nii.gz", mask, regions, cases[index])
         bar.update()
 
     with tqdm(
-        total=len(trainings) * len(ranks.share(cases)),
+        total=len(folders) * len(ranks.share(cases)),
         desc="segmenting",
         unit="case",
         disable=not sys.stderr.isatty(),
     ) as bar:
-        for method, seed in trainings:
-            model = load_model(model_file(folder, "best", method, seed)).to(config.device)
-            below = out / f"{method}-seed{seed}"
+        for path, below in folders.items():
+            model = load_model(path).to(config.device)
             below.mkdir(exist_ok=True)
             ranks.divided(partial(segment, model, below), range(len(cases)))
-    print(f"segmentations written to {out}", file=sys.stderr)
 
 
 # --- data ----------------------------------------------------------------------------------------
@@ -293,16 +350,7 @@ def _prepare(parser: argparse.ArgumentParser, config: Config) -> Prepared:
             )
         else:
             where = Path(config.data)
-        data = ranks.first(
-            lambda: load_folder(
-                where,
-                regions,
-                allow_missing=config.allow_missing,
-                workers=config.workers or os.cpu_count() or 1,
-                phantom=config.data is None,
-                progress=sys.stderr.isatty(),
-            )
-        )
+        data = _load(where, regions, config)
         source = "--split"
         split = _split(data, config)
         for name in ("train", "test"):
@@ -327,6 +375,23 @@ def _prepare(parser: argparse.ArgumentParser, config: Config) -> Prepared:
     except OSError as error:
         parser.error(f"argument {source}: cannot use {error.filename}: {error.strerror}")
     return Prepared(data, split, datasets)
+
+
+def _load(folder: Path, regions: Regions, config: Config, *, labelled: bool = True) -> BratsData:
+    data = ranks.first(
+        lambda: load_folder(
+            folder,
+            regions,
+            allow_missing=config.allow_missing,
+            labelled=labelled,
+            workers=config.workers or os.cpu_count() or 1,
+            phantom=config.data is None,
+            progress=sys.stderr.isatty(),
+        )
+    )
+    if not all(len(case.files) == len(MODALITIES) for case in data.cases):
+        print(f"{folder}: of {len(data.cases)} cases, {data.lacking()}", file=sys.stderr)
+    return data
 
 
 def _split(data: BratsData, config: Config) -> dict[str, Any]:
@@ -370,12 +435,11 @@ def _checked(config: Config, prepared: Prepared) -> str:
     shapes = sorted({case.shape for case in cases})
     sizes = ", ".join(" x ".join(map(str, shape)) for shape in shapes[:3])
     more = f" and {len(shapes) - 3} more" if len(shapes) > 3 else ""
-    incomplete = sum(len(case.files) < len(MODALITIES) for case in cases)
     measured = "" if scale == 1 else f" (from a step of {crop}^3, scaled by voxels)"
     lines = {
         "data": f"{len(cases)} cases in {prepared.data.source}, all read and checked; "
         f"SHA-256 {prepared.data.digest[:12]}",
-        "voxels": f"{sizes}{more}; {incomplete} cases lack a modality",
+        "voxels": f"{sizes}{more}; {prepared.data.lacking()}",
         "regions": ", ".join(f"{k} = {{{','.join(map(str, v))}}}"
                              for k, v in prepared.data.regions.items()),
         "split": ", ".join(f"{name} {len(part)}" for name, part in prepared.split.items()),
@@ -482,7 +546,8 @@ def _parser() -> argparse.ArgumentParser:
 
     add("--preset", str, "all other defaults", choices=list(PRESETS))
     add("--data", absolute, "folder of cases; without it, phantoms", metavar="FOLDER")
-    add("--regions", str, 'region to labels; BraTS 2023: "WT=1,2,3 TC=1,3 ET=3"', metavar="TEXT")
+    add("--regions", str, f'region to labels; BraTS 2023: "{REGIONS_2023}", 2024 (GLI): RC=4, too',
+        metavar="TEXT")  # fmt: skip
     flag("--allow-missing", "train and test on cases that lack modality files, too")
     add("--phantoms", positive_int, "cases to generate without --data", metavar="N")
     add("--normalisation", str, "of each volume", choices=list(NORMALISATIONS))
@@ -529,7 +594,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--predict", type=Path, metavar="OUT",
         help="write segmentations of the test cases to OUT/METHOD-seedN/CASE.nii.gz, from all "
-        "modalities a case has; also with --resume of a finished run",
+        "modalities a case has; also with --resume of a finished run, or with --model",
+    )  # fmt: skip
+    parser.add_argument(
+        "--model", type=Path, metavar="FILE",
+        help="with --predict OUT and --data FOLDER: train nothing; segment all cases of the "
+        "folder, which need no segmentations, with a model that a run has saved, to "
+        "OUT/CASE.nii.gz",
     )  # fmt: skip
     flag("--check", "check data and configuration, estimate memory and time, and stop")
     return parser

@@ -11,7 +11,9 @@ from monai.metrics.meandice import compute_dice
 from scipy.ndimage import find_objects
 from torch import Tensor
 
-__all__ = ["METRICS", "case_scores", "hard_dice", "hd95", "soft_dice_released"]
+from benchmarks.brats_data import Regions, labels_of, masks_of
+
+__all__ = ["METRICS", "case_scores", "hard_dice", "hd95", "segmented", "soft_dice_released"]
 
 METRICS = ("dice", "hd95", "soft_dice_released")
 SMOOTH = 1.0  # of the released code's Dice
@@ -19,15 +21,15 @@ SMOOTH = 1.0  # of the released code's Dice
 
 @torch.no_grad()
 def case_scores(
-    logits: Tensor, label: Tensor, spacing: Sequence[float], regions: Sequence[str]
+    logits: Tensor, label: Tensor, spacing: Sequence[float], regions: Regions
 ) -> dict[str, dict[str, float]]:
     """All METRICS of one case, by region.
 
     Args:
-        logits: (R, D, H, W), floating point; positive where the region is predicted.
+        logits: (R, D, H, W), floating point.
         label: (R, D, H, W), bool or {0, 1}, on the same device.
         spacing: mm between voxels along D, H and W.
-        regions: the R names.
+        regions: name -> labels, R of them.
 
     Raises:
         ValueError: shapes or names that do not fit, or NaN among the logits.
@@ -39,7 +41,7 @@ def case_scores(
         )
     if bool(logits.isnan().any()):
         raise ValueError("the logits hold NaN: no score can be given")
-    prediction, truth = logits > 0, label != 0  # sigmoid(logit) > 0.5
+    prediction, truth = segmented(logits, regions), label != 0
     columns = zip(
         hard_dice(prediction, truth),
         hd95(prediction, truth, spacing),
@@ -50,6 +52,15 @@ def case_scores(
         region: dict(zip(METRICS, values, strict=True))
         for region, values in zip(regions, columns, strict=True)
     }
+
+
+def segmented(logits: Tensor, regions: Regions) -> Tensor:
+    """(R, ...) bool: the regions of the labels that are written for logits (R, ...).
+
+    Not simply where sigmoid(logit) > 0.5: what is scored is what whoever reads the file gets.
+    """
+    labels = labels_of((logits > 0).cpu().numpy(), regions)
+    return torch.from_numpy(masks_of(labels, regions)).to(logits.device)
 
 
 def hard_dice(prediction: Tensor, truth: Tensor) -> list[float]:

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import nibabel
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
@@ -24,7 +23,7 @@ from benchmarks.methods import MEASURES, definitions
 from benchmarks.pictures import draw_cases, draw_combinations
 from gradsplit import modality_combinations
 
-__all__ = ["Report", "upright", "write_report"]
+__all__ = ["Report", "write_report"]
 
 Array = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
@@ -34,11 +33,13 @@ FILLED, EMPTY, NOTHING = "●", "○", "–"
 
 _NOTES = """\
 ● available, ○ missing. {spread} Every score is of the whole volume of one case, which is one scan
-of one patient, at its own resolution; then averaged over the {cases}. "mean": over the
-{combinations} combinations. "worst": the combination with the worst mean, and which it is.
+of one patient, at its own resolution; then averaged over the {cases}. "mean": over
+{averaged}. "worst": the combination with the worst mean, and which it is.
 """
 _DICE_NOTES = """\
-A voxel is predicted where the probability is above 0.5. Dice is 100 where prediction and ground
+A voxel is predicted where the probability is above 0.5; then the regions are those of the labels
+that --predict writes: a voxel of a smaller region is one of the larger ones that hold it, too, and
+where regions overlap otherwise, of one of them. Dice is 100 where prediction and ground
 truth are both empty, and 0 where only one of them is.
 """
 _HD95_NOTES = """\
@@ -184,7 +185,7 @@ class Report:
                 "summary": {method: self._summary(method) for method in self.methods},
                 "comparisons": {
                     "against": "sum",
-                    "metric": "Dice, mean over combinations and regions",
+                    "metric": f"Dice, mean over {self._compared_over()} and over the regions",
                     "over": self.pairs,
                     **{method: asdict(found) for method, found in self.compare().items()},
                 },
@@ -223,8 +224,9 @@ class Report:
         cases = len(self.splits["test"])
         about = _NOTES.format(
             spread=self._spread_sentence(),
-            cases=f"{cases} test case{'s' if cases > 1 else ''}",
-            combinations=len(self.order),
+            cases=f"{cases} test case{'s' if cases > 1 else ''}"
+            + ("" if self._complete() else ", as far as they have the modalities"),
+            averaged=self.averaged,
         )
         parts = [
             f"# Brain tumours with missing modalities{note}\n",
@@ -293,13 +295,22 @@ class Report:
             "the same cases, and cannot be compared with each other."
         )
 
-    def _counts(self) -> list[int]:
+    @property
+    def counts(self) -> list[int]:
         """Per combination, the test cases that have it: the same for every method."""
         scores = self.scores(self.methods[0], "dice", self.regions[0])
         return [int(count) for count in np.isfinite(scores[0]).sum(0)]
 
     def _complete(self) -> bool:
-        return min(self._counts()) == len(self.splits["test"])
+        return min(self.counts) == len(self.splits["test"])
+
+    @property
+    def averaged(self) -> str:
+        """What a mean over combinations is over: without those that no test case has."""
+        there, count = sum(n > 0 for n in self.counts), len(self.order)
+        if there == count:
+            return f"the {count} combinations"
+        return f"the combinations that a test case has ({there} of {count})"
 
     def _combination_table(self, metric: str, cell: "_Format") -> str:
         """15 rows for four modalities, then mean and worst; columns by region, then by method."""
@@ -310,7 +321,7 @@ class Report:
         ]
         many = len(self.seeds) > 1
         counted = not self._complete()
-        counts = self._counts()
+        counts = self.counts
         rows = []
         for number, name in enumerate(self.order):
             there = name.split("+")
@@ -348,8 +359,8 @@ class Report:
                 value = cell(_Statistics.of(scores[..., [worst]]), len(self.seeds) > 1)
                 row.append(f"{value.partition(' ± ')[0]} ({_displayed(self.order[worst])})")
             rows.append(row)
-        over = f", mean over the {len(self.order)} combinations"
-        over += f" and {len(self.regions)} regions" if len(self.regions) > 1 else ""
+        over = f", mean over {self.averaged}"
+        over += f" and over {len(self.regions)} regions" if len(self.regions) > 1 else ""
         each = ["sd over cases", "worst combination"]
         header = ["method", f"Dice in %{over}", *each, "HD95 in mm, same mean", *each]
         return results.markdown_table(header, rows)
@@ -361,6 +372,10 @@ class Report:
     def pairs(self) -> str:
         """What is paired: seeds; with one of them test cases, which say nothing about seeds."""
         return "seeds" if len(self.seeds) > 1 else "test cases"
+
+    def _compared_over(self) -> str:
+        by_case = self.pairs == "test cases" and not self._complete()
+        return "the combinations that each case has" if by_case else self.averaged
 
     def compare(self) -> dict[str, Comparison]:
         """Mean Dice of each method less that of ``sum``, in pairs; positive: better."""
@@ -375,7 +390,7 @@ class Report:
 
     def sentence(self, method: str, found: Comparison) -> str:
         mean, over, n = 100 * found.mean, self.pairs, len(found.differences)
-        start = f"{method} against sum, mean Dice: {mean:+.2f} points"
+        start = f"{method} against sum, mean Dice over {self._compared_over()}: {mean:+.2f} points"
         if found.std is None or found.interval is None:
             return f"{start} on one test case with one seed; that says nothing about noise."
         low, high = (100 * end for end in found.interval)
@@ -501,17 +516,20 @@ def _displayed(name: str) -> str:
 
 def write_report(report: Report, folder: Path) -> str:
     """Write everything, the result file last: a folder that has one is finished."""
-    seeds, cases = len(report.seeds), len(report.splits["test"])
+    seeds, cases = len(report.seeds), f"{len(report.splits['test'])} test cases"
+    if min(report.counts) < len(report.splits["test"]):
+        cases = f"those of {cases} that have them"
     if seeds > 1:
         over = f"mean ± sample std over {seeds} seeds"
-        bars = f"mean over {cases} test cases; bars: sample std over {seeds} seeds"
+        bars = f"mean over {cases}; bars: sample std over {seeds} seeds"
     else:
         over = "1 seed"
-        bars = f"mean over {cases} test cases; bars: the middle half of the cases; 1 seed"
+        bars = f"mean over {cases}; bars: the middle half of the cases; 1 seed"
     _draw_case(report, folder / "cases.png")
     draw_combinations(
         folder / "dice.png",
-        f"Test Dice by available modalities, {report.label}\n({bars})",
+        f"Test Dice by available modalities, {report.label}\n"
+        f"({bars}; right: mean over {report.averaged})",
         [_displayed(modality) for modality in report.modalities],
         np.array([[m in name.split("+") for m in report.modalities] for name in report.order]),
         {
@@ -571,21 +589,3 @@ def _draw_case(report: Report, path: Path) -> None:
 def _masks(tensor: Tensor) -> Bools:
     masks: Bools = tensor.cpu().numpy() != 0
     return masks
-
-
-def upright(plane: Tensor, affine: npt.NDArray[Any]) -> Tensor:
-    """A slice (..., X, Y) along the last axis of a volume, turned as it is looked at.
-
-    Head or forehead up; the patient's right, or forehead, to the left, as radiologists have it.
-
-    Args:
-        plane: with any leading axes.
-        affine: (4, 4), from voxels to mm to the right, to the front, up: NIfTI's.
-    """
-    orientation: Any = nibabel.aff2axcodes  # without type hints
-    codes = list(orientation(affine)[:2])  # where each axis points to, like ["L", "P"]
-    upwards = codes[0] in "SI" or (codes[0] in "AP" and codes[1] in "LR")
-    if not upwards:  # in an image the first axis is the vertical one
-        plane, codes = plane.transpose(-2, -1), codes[::-1]
-    flipped = [axis for axis, code in ((-2, codes[0]), (-1, codes[1])) if code in "SAR"]
-    return plane.flip(flipped)

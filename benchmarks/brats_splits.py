@@ -26,14 +26,19 @@ def split_cases(data: BratsData, *, seed: int, folds: int, fold: int) -> Split:
     its cases. Over all ``fold`` every patient is tested once.
 
     Raises:
-        ValueError: fewer than 3 folds, no such fold, or fewer patients than folds.
+        ValueError: fewer than 3 patients or folds, no such fold, or fewer patients than folds.
     """
+    patients = sorted({case.patient for case in data.cases})
+    if len(patients) < 3:
+        raise ValueError(
+            f"{data.source}: {len(patients)} patient(s) cannot fill train, validation and test; "
+            "add patients, or list the cases of two for train and test in a file (--split FILE)"
+        )
     if folds < 3 or not 0 <= fold < folds:
         raise ValueError(
             f"fold {fold} of {folds}: expected at least 3 folds, as test, validation and training "
             "need one each, and a fold from 0 to folds - 1"
         )
-    patients = sorted({case.patient for case in data.cases})
     if len(patients) < folds:
         raise ValueError(
             f"{data.source}: {len(patients)} patients cannot fill {folds} folds; "
@@ -120,7 +125,7 @@ def acn_split(data: BratsData) -> Split:
 
 
 def _grade(case: Case) -> str:
-    return case.segmentation.parent.parent.name
+    return case.grid.parent.parent.name
 
 
 def _split(data: BratsData, role: Mapping[str, str]) -> Split:

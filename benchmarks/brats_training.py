@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import nibabel
 import torch
 import torch._functorch.config
 import torch._inductor.config
@@ -23,9 +22,8 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from benchmarks import ranks
-from benchmarks.brats_data import MODALITIES, BratsData, Case
-from benchmarks.brats_metrics import case_scores, hard_dice
-from benchmarks.brats_report import upright
+from benchmarks.brats_data import MODALITIES, BratsData, Case, Regions
+from benchmarks.brats_metrics import case_scores, hard_dice, segmented
 from benchmarks.brats_volumes import training_batches
 from benchmarks.checkpoint import load_checkpoint, save_checkpoint
 from benchmarks.gradients import Merges
@@ -44,6 +42,7 @@ __all__ = [
     "Prepared",
     "Training",
     "case_logits",
+    "load_config",
     "load_model",
     "mean_of",
     "model_config",
@@ -567,7 +566,8 @@ class Training:
         """Of a validation case, for each combination and region."""
         sample = self.prepared.datasets["valid"][index]
         logits = case_logits(self.model, sample, self.config)
-        masks = [mean_of(logits, combination) > 0 for combination in _of(logits)]
+        regions = self.prepared.data.regions
+        masks = [segmented(mean_of(logits, combination), regions) for combination in _of(logits)]
         return [value for mask in masks for value in hard_dice(mask, sample["label"] > 0)]
 
     def _keep_best(self, dice: float | None) -> None:
@@ -587,12 +587,12 @@ class Training:
         best.to(self.device).eval()
         cases = self.prepared.split["test"]
         shown = shown_case(self.prepared)
-        regions = list(self.prepared.data.regions)
+        regions = self.prepared.data.regions
 
         def test(index: int) -> tuple[dict[str, Any], dict[str, Any]]:
             case, sample = cases[index], self.prepared.datasets["test"][index]
             logits = case_logits(best, sample, self.config)
-            slices = case_slices(case, sample, logits) if case.name == shown else {}
+            slices = case_slices(case, sample, logits, regions) if case.name == shown else {}
             scores = self.tested.get(case.name) or {
                 "+".join(combination): case_scores(
                     mean_of(logits, combination), sample["label"], case.spacing, regions
@@ -637,6 +637,7 @@ class Training:
                 content = {
                     "model_config": asdict(self.model.config),
                     "model": weights,
+                    "config": asdict(self.config),
                     "method": self.method,
                     "seed": self.seed,
                     "epoch": epoch,
@@ -696,6 +697,17 @@ def model_file(folder: Path, kind: str, method: str, seed: int) -> Path:
     return folder / f"{kind}-{method}-seed{seed}.pt"
 
 
+def load_config(path: Path) -> Config:
+    """What a model was trained with. Raises OSError, ValueError."""
+    content = load_checkpoint(path)
+    try:
+        if "model_config" in content:  # which a checkpoint of a run has not
+            return Config(**content["config"])
+    except (KeyError, TypeError):  # of an earlier version
+        pass
+    raise ValueError(f"{path}: not a model that this version saved, such as best-gmd-seed0.pt")
+
+
 def load_model(path: Path) -> DynamicSharingUNet3d:
     """A model that :meth:`Training.save_models` wrote. Raises OSError, ValueError."""
     content = load_checkpoint(path)
@@ -711,22 +723,25 @@ def shown_case(prepared: Prepared) -> str:
     return (complete or list(cases))[0].name
 
 
-def case_slices(case: Case, sample: Sample, logits: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The slice (along the last axis) in which the first region is largest, for the picture."""
+def case_slices(
+    case: Case, sample: Sample, logits: Mapping[str, Tensor], regions: Regions
+) -> dict[str, Any]:
+    """The axial slice in which the first region is largest, for the picture.
+
+    Turned as it is looked at: the front up, the patient's right on the left.
+    """
     label = sample["label"]
     index = int(label[0].sum((0, 1)).argmax())
-    segmentation: Any = nibabel.load(case.segmentation)
-    affine = segmentation.affine
     combinations = [tuple(logits), *((name,) for name in logits)]
     return {
         "case": case.name,
         "index": index,
-        "volumes": upright(sample["volume"][..., index], affine),
-        "truth": upright(label[..., index], affine),
+        "volumes": sample["volume"][..., index].mT.contiguous(),  # not the whole of it
+        "truth": label[..., index].mT.contiguous(),
         "predictions": {
-            "+".join(combination): upright(
-                (mean_of(logits, combination)[..., index] > 0).byte(), affine
-            )
+            "+".join(combination): segmented(
+                mean_of(logits, combination)[..., index].mT, regions
+            ).byte()
             for combination in combinations
         },
     }

@@ -23,14 +23,14 @@ from monai.transforms.utility.dictionary import EnsureTyped
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from benchmarks import ranks
-from benchmarks.brats_data import MODALITIES, SEGMENTATION, Case, Regions, read_volumes
+from benchmarks.brats_data import MODALITIES, SEGMENTATION, Case, Regions, masks_of, read_volumes
 from benchmarks.results import atomic_path
 
 __all__ = ["CACHES", "NORMALISATIONS", "make_dataset", "training_batches"]
 
 CACHES = ("memory", "disk", "none")
 CLIP = (1, 99)  # percentiles of the nonzero voxels
-CACHE_FORMAT = 1  # raise when what ReadCase makes of the same files changes
+CACHE_FORMAT = 2  # raise when what ReadCase makes of the same files changes
 
 Array = npt.NDArray[Any]
 Sample = dict[str, Any]
@@ -47,7 +47,8 @@ def make_dataset(
     """A map-style dataset of whole cases, in the order given, at their own resolution.
 
     Items are dictionaries of ``volume`` (M, D, H, W) float32, zeros where a modality is missing;
-    ``available`` (M,) bool; ``label`` (R, D, H, W) uint8, 0 or 1; ``name``. Modalities are in the
+    ``available`` (M,) bool; ``label`` (R, D, H, W) uint8, 0 or 1, unless the case has no
+    segmentation; ``name``. Modalities are in the
     order of MODALITIES, regions in that of ``regions``. Tensors of a memory cache are the cache's
     own: do not change them in place.
 
@@ -92,7 +93,7 @@ def make_dataset(
 
 
 class ReadCase(Transform):
-    """Case -> sample, as :func:`make_dataset` describes it. Neither reoriented nor resampled."""
+    """Case -> sample, as :func:`make_dataset` describes it. Not resampled."""
 
     def __init__(self, regions: Regions, normalisation: str) -> None:
         self.regions = dict(regions)
@@ -100,19 +101,20 @@ class ReadCase(Transform):
 
     def __call__(self, case: Case) -> Sample:
         arrays = read_volumes(case)
-        segmentation = arrays.pop(SEGMENTATION)
-        label = np.stack([np.isin(segmentation, labels) for labels in self.regions.values()])
+        segmentation = arrays.pop(SEGMENTATION, None)
         volume = np.zeros((len(MODALITIES), *case.shape), np.float32)
         for number, name in enumerate(MODALITIES):
             if name in arrays:
                 normalise = NORMALISATIONS[self.normalisation]
                 volume[number] = normalise(arrays.pop(name).astype(np.float32))
-        return {
+        sample: Sample = {
             "volume": torch.from_numpy(volume),
             "available": torch.tensor([name in case.files for name in MODALITIES]),
-            "label": torch.from_numpy(label.astype(np.uint8)),
-            "name": case.name,
         }
+        if segmentation is not None:
+            label = masks_of(segmentation, self.regions)
+            sample["label"] = torch.from_numpy(label.astype(np.uint8))
+        return {**sample, "name": case.name}
 
     def key(self, case: Case) -> str:
         """Of everything that the sample depends on."""

@@ -116,7 +116,7 @@ def test_links_are_followed_and_unrelated_things_left_alone(tmp_path: Path) -> N
     (data / ".hidden").mkdir()
     (data / "__MACOSX").mkdir()
     (data / "logs").mkdir()
-    (data / "logs/training.txt").write_text("loss 0.3")
+    (data / "logs/logs.txt").write_text("loss 0.3")
     (data / "one/notes.txt").write_text("motion")
     assert [case.name for case in load(data).cases] == ["one"]
 
@@ -155,6 +155,31 @@ def test_a_file_in_two_forms_is_refused(tmp_path: Path) -> None:
     assert line == "one: more than one file for t2, one_t2.nii and one_t2.nii.gz; keep one"
 
 
+@pytest.mark.parametrize("ending", [".nii.gz.part", ".nii.zip", ".zip", ".nii.gz.crdownload"])
+def test_a_case_of_unusable_files_is_named(tmp_path: Path, ending: str) -> None:
+    write_case(tmp_path / "fine", 1)
+    folder = write_case(tmp_path / "one")
+    for path in folder.iterdir():
+        path.rename(folder / path.name.replace(".nii.gz", ending))
+    lines = problems(tmp_path)
+    assert len(lines) == 5
+    for role in (*MODALITIES, "seg"):
+        (line,) = (line for line in lines if line.startswith(f"one/one_{role}.nii.gz: missing"))
+        assert line.endswith(
+            f"; there is also one_{role}{ending}: is it misnamed, packed or not complete?"
+        )
+
+
+def test_capital_letters_are_read(tmp_path: Path) -> None:
+    folder = write_case(tmp_path / "BraTS-GLI-00008-100", separator="-", names=NEW)
+    for path in folder.iterdir():
+        path.rename(folder / path.name.replace("t2w", "t2W").replace(".nii.gz", ".NII.GZ"))
+    (case,) = load(tmp_path).cases
+    assert case.files["t2"].name == "BraTS-GLI-00008-100-t2W.NII.GZ"
+    np.testing.assert_array_equal(read_volumes(case)["t2"], arrays()["t2"])
+    write_segmentation(tmp_path / "out.nii", masks(arrays()["seg"], REGIONS), REGIONS, case)
+
+
 # --- missing files -------------------------------------------------------------------------------
 
 
@@ -167,6 +192,22 @@ def test_missing_modality(tmp_path: Path) -> None:
     (case,) = load_folder(tmp_path, REGIONS, allow_missing=True).cases
     assert tuple(case.files) == ("t1", "t1ce", "flair")
     assert list(read_volumes(case)) == ["t1", "t1ce", "flair", "seg"]
+
+
+@pytest.mark.parametrize(
+    "name", ["one_T2-1.nii.gz", "t2.nii.gz", "one_t2.nii.gz.part", "two-t2w.nii"]
+)
+def test_a_misnamed_modality_is_not_taken_for_a_missing_one(tmp_path: Path, name: str) -> None:
+    folder = write_case(tmp_path / "one")
+    (folder / "one_t2.nii.gz").rename(folder / name)
+    (folder / "one_flair.nii.gz").unlink()
+    line = problem(tmp_path, allow_missing=True)
+    assert line.startswith("one/one_t2.nii.gz: missing t2 file; give its file this name, or move")
+    assert f"; there is also {name}: is it misnamed" in line
+    (folder / name).rename(folder / "one_brainmask.nii.gz")
+    assert load_folder(tmp_path, REGIONS, allow_missing=True).lacking() == (
+        "1 case lacks a modality (t2 1, flair 1)"
+    )
 
 
 def test_missing_file_is_named_as_its_year_names_it(tmp_path: Path) -> None:
@@ -242,14 +283,19 @@ def moved(affine: Array) -> Callable[[Path], str]:
     return spoil
 
 
+def compressed(folder: Path) -> str:
+    (folder / f"{folder.name}_t1.nii.gz").rename(folder / f"{folder.name}_t1.nii")
+    return f"{folder.name}_t1.nii"
+
+
 SHIFT = np.eye(4)
 SHIFT[0, 3] = 0.5
 
 DAMAGES: dict[str, tuple[Callable[[Path], str], str]] = {
     "label": (replace("seg", put(5, np.uint8)), "unknown label 5; the regions know 0, 1, 2, 4"),
-    "label of 2023": (
+    "label of 2024": (
         replace("seg", put(3, np.uint8)),
-        'give --regions "WT=1,2,3 TC=1,3 ET=3"',
+        'give --regions "WT=1,2,3 TC=1,3 ET=3 RC=4"',
     ),
     "negative label": (replace("seg", put(-1, np.int16)), "unknown label -1"),
     "interpolated label": (replace("seg", put(1.5)), "not whole numbers, such as 1.5"),
@@ -275,6 +321,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], str], str]] = {
     "bit flipped": (
         rewrite(lambda x: x[:200] + bytes([x[200] ^ 8]) + x[201:]),
         "is damaged or no gzip file",
+    ),
+    "compressed under the wrong name": (
+        compressed,
+        "is compressed with gzip; rename it to .nii.gz",
     ),
     "text": (rewrite(lambda _: gzip.compress(b"moved to another server")), "is not a NIfTI file"),
     "web page": (rewrite(lambda _: b"<html>403</html>"), "is damaged or no gzip file"),
@@ -333,8 +383,23 @@ def test_a_broken_link_and_a_folder_in_place_of_a_file(tmp_path: Path) -> None:
     (folder / "one_t2.nii.gz").mkdir()
     assert problems(tmp_path) == [
         "one/one_t1.nii.gz: No such file or directory",
-        "one/one_t2.nii.gz: Is a directory",
+        "one/one_t2.nii.gz: is a folder that holds nothing; put the file itself in its place",
     ]
+
+
+def test_nested_folders_of_kaggle_are_named(tmp_path: Path) -> None:
+    folder = write_case(tmp_path / "BraTS20_Training_001", ending=".nii")
+    for path in list(folder.iterdir()):
+        path.rename(folder / "file")
+        path.mkdir()
+        (folder / "file").rename(path / path.name)
+    lines = problems(tmp_path)
+    assert len(lines) == 5
+    for line in lines:
+        place, _, message = line.partition(": ")
+        assert message == (
+            f"is a folder that holds {Path(place).name}; put the file itself in its place"
+        )
 
 
 def test_all_problems_of_all_cases_are_listed(tmp_path: Path) -> None:
@@ -392,12 +457,63 @@ def test_what_occurs_in_the_wild_is_read(tmp_path: Path) -> None:
         np.testing.assert_array_equal(array, expected[role], err_msg=role)
 
 
+def test_orientations_are_made_one_and_back_again(tmp_path: Path) -> None:
+    """Cases as RAS and transposed, one whose files differ, and volumes of shape (X, Y, Z, 1)."""
+    made = arrays()
+    for case, turns in {
+        "mixed": {"t1": "RAS", "t2": "PSL", "flair": "LPS"},
+        "ras": dict.fromkeys(made, "RAS"),
+        "transposed": dict.fromkeys(made, "SRP"),
+    }.items():
+        write_case(tmp_path / case, made)
+        for role, codes in turns.items():
+            image = nibabel.Nifti1Image(made[role][..., None], AFFINE)
+            start, end = map(nibabel.orientations.axcodes2ornt, ("LPS", codes))
+            turned = image.as_reoriented(nibabel.orientations.ornt_transform(start, end))
+            nibabel.save(turned, tmp_path / f"{case}/{case}_{role}.nii.gz")
+    for case in load(tmp_path).cases:
+        assert (case.shape, case.spacing) == (SHAPE, (1, 2, 1.5))
+        volumes = read_volumes(case)
+        for role, array in made.items():
+            np.testing.assert_array_equal(volumes[role], array, err_msg=f"{case.name} {role}")
+        path = tmp_path / "predicted.nii.gz"
+        write_segmentation(path, masks(volumes["seg"], REGIONS), REGIONS, case)
+        written, own = nibabel.load(path), nibabel.load(case.segmentation)
+        np.testing.assert_array_equal(written.affine, own.affine)
+        np.testing.assert_array_equal(written.dataobj, np.squeeze(own.dataobj))
+
+
 def test_a_region_that_never_occurs_is_warned_of(tmp_path: Path) -> None:
     made = arrays()
     made["seg"][made["seg"] == 4] = 1
     write_case(tmp_path / "one", made)
     with pytest.warns(UserWarning, match=r"no case has a voxel of region ET \(labels 4\)"):
         load(tmp_path)
+
+
+ADVICE_2024 = 'BraTS 2024 (GLI) has labels 1 to 4: give --regions "WT=1,2,3 TC=1,3 ET=3 RC=4"'
+
+
+@pytest.mark.parametrize(
+    ("labels", "regions", "message"),
+    [
+        ([1, 2, 3, 4], REGIONS, "unknown label 3; the regions know 0, 1, 2, 4."),
+        ([1, 2, 3], REGIONS, 'only since 2023: give --regions "WT=1,2,3 TC=1,3 ET=3".'),
+        ([1, 2, 3, 4], REGIONS_2023, "unknown label 4; the regions know 0, 1, 2, 3."),
+    ],
+)
+def test_labels_of_2024_are_explained(
+    tmp_path: Path, labels: list[int], regions: dict[str, tuple[int, ...]], message: str
+) -> None:
+    made = arrays()
+    made["seg"] = np.resize(np.array(labels, np.uint8), SHAPE)
+    write_case(tmp_path / "BraTS-GLI-00008-100", made, separator="-", names=NEW)
+    with pytest.raises(ValueError) as caught:
+        load_folder(tmp_path, regions)
+    assert f"{message} {ADVICE_2024}" in str(caught.value)
+    if 4 in labels:
+        (case,) = load_folder(tmp_path, read_regions("WT=1,2,3 TC=1,3 ET=3 RC=4")).cases
+        assert case.patient == "BraTS-GLI-00008"
 
 
 # --- digests -------------------------------------------------------------------------------------

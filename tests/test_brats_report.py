@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import nibabel
 import numpy as np
 import pytest
 import torch
@@ -18,10 +17,11 @@ from torch import Tensor
 
 from benchmarks.brats_data import BratsData
 from benchmarks.brats_metrics import case_scores, hard_dice, hd95, soft_dice_released
-from benchmarks.brats_report import Report, upright, write_report
+from benchmarks.brats_report import Report, write_report
 from benchmarks.gradients import diagnose, diagnose_all, gradient_table, summarise_gradients
 
 EMPTY = torch.zeros(1, 6, 6, 6, dtype=torch.bool)
+NESTED = {"WT": (1, 2, 4), "TC": (1, 4), "ET": (4,)}
 LN3 = math.log(3)  # sigmoid(ln 3) = 3/4
 
 
@@ -115,7 +115,7 @@ def test_all_scores_of_a_case() -> None:
     prediction = torch.cat([box(1, 3), EMPTY, EMPTY])
     label = torch.cat([box(2, 4), EMPTY, box(1, 2)]).to(torch.uint8)
     logits = torch.where(prediction, LN3, -math.inf)
-    found = case_scores(logits, label, (1, 1, 1), ["WT", "TC", "ET"])
+    found = case_scores(logits, label, (1, 1, 1), NESTED)
     assert list(found) == ["WT", "TC", "ET"]
     assert [row["dice"] for row in found.values()] == [0.5, 1.0, 0.0]
     # Each of the four outer voxels is one step from the other box.
@@ -128,8 +128,8 @@ def test_all_scores_of_a_case() -> None:
 def test_half_is_not_above_a_half() -> None:
     logits = torch.zeros(1, 2, 2, 2)
     label = torch.ones(1, 2, 2, 2, dtype=torch.uint8)
-    assert case_scores(logits, label, (1, 1, 1), ["WT"])["WT"]["dice"] == 0.0
-    assert case_scores(logits + 1e-3, label, (1, 1, 1), ["WT"])["WT"]["dice"] == 1.0
+    assert case_scores(logits, label, (1, 1, 1), {"WT": (1,)})["WT"]["dice"] == 0.0
+    assert case_scores(logits + 1e-3, label, (1, 1, 1), {"WT": (1,)})["WT"]["dice"] == 1.0
 
 
 def test_half_precision_is_summed_in_single() -> None:
@@ -141,11 +141,11 @@ def test_half_precision_is_summed_in_single() -> None:
 def test_scores_that_cannot_be_given_are_refused() -> None:
     logits, label = torch.zeros(1, 2, 2, 2), torch.zeros(1, 2, 2, 2)
     with pytest.raises(ValueError, match=r"R = 2 regions \('WT', 'TC'\)"):
-        case_scores(logits, label, (1, 1, 1), ("WT", "TC"))
+        case_scores(logits, label, (1, 1, 1), {"WT": (1, 2), "TC": (1,)})
     with pytest.raises(ValueError, match=r"logits \(1, 2, 2, 2\) and label \(1, 2, 2, 3\)"):
-        case_scores(logits, torch.zeros(1, 2, 2, 3), (1, 1, 1), ("WT",))
+        case_scores(logits, torch.zeros(1, 2, 2, 3), (1, 1, 1), {"WT": (1,)})
     with pytest.raises(ValueError, match="hold NaN"):
-        case_scores(logits / 0, label, (1, 1, 1), ("WT",))
+        case_scores(logits / 0, label, (1, 1, 1), {"WT": (1,)})
 
 
 # --- reports -------------------------------------------------------------------------------------
@@ -283,6 +283,12 @@ def test_a_combination_that_no_case_has_is_no_number(tmp_path: Path) -> None:
     found = report([run])
     rows = table(found.as_markdown(), "Test Dice")
     assert rows[2] == ["○", "●", "0", "–", "–"]
+    text = " ".join(found.as_markdown().split())
+    averaged = "the combinations that a test case has (1 of 3)"
+    assert f'"mean": over {averaged}.' in text
+    assert f"Dice in %, mean over {averaged} and over 2 regions" in text
+    assert "the 3 combinations" not in text
+    assert "the combinations that each case has" in found.as_json()["comparisons"]["metric"]
     write_report(found, tmp_path)
 
 
@@ -293,7 +299,9 @@ def test_methods_are_compared_with_sum_seed_by_seed() -> None:
     comparison = found.compare()["gmd"]
     assert_allclose(comparison.differences, [0.75 * 0.04, 0], atol=1e-12)
     sentence = found.sentence("gmd", comparison)
-    assert sentence.startswith("gmd against sum, mean Dice: +1.50 points ± 2.12 (paired over 2")
+    assert sentence.startswith(
+        "gmd against sum, mean Dice over the 3 combinations: +1.50 points ± 2.12 (paired over 2"
+    )
     assert "no reason to prefer gmd" in sentence
     _, verdict, *_, words = found.as_markdown().split("\n\n")
     assert " ".join(verdict.split()) == sentence, "the table opens with it"
@@ -427,39 +435,3 @@ def test_a_step_with_one_row_has_no_pairs() -> None:
     assert "100.0%" in gradient_table(seen, ["a", "b"])
     records["trained"] = torch.tensor([[0, -1], [1, -1]])
     assert diagnose_all(done, ["a", "b"]) == {}, "nothing to compare"
-
-
-# --- slices --------------------------------------------------------------------------------------
-
-
-def turned(axes: str) -> tuple[Tensor, Any, Any]:
-    """A slice along the last axis of a volume whose axes point there, and its affine; by nibabel,
-    the whole volume with axes that point right, to the front and up. The slice is number 1 of it.
-    """
-    affine = np.eye(4)
-    affine[:3, :3] = 0
-    for number, code in enumerate(axes):
-        place = next(i for i, pair in enumerate(("RL", "AP", "SI")) if code in pair)
-        affine[place, number] = 1.0 if code in "RAS" else -1.0
-    assert nibabel.aff2axcodes(affine) == tuple(axes)
-    volume = np.arange(60.0).reshape(3, 4, 5)
-    canonical = nibabel.as_closest_canonical(nibabel.Nifti1Image(volume, affine)).get_fdata()
-    return torch.tensor(volume[..., 1 if axes[2] in "RAS" else 3]), affine, canonical
-
-
-@pytest.mark.parametrize("axes", ["RAS", "LPS", "LAS", "RPI", "ARS", "PLI"])
-def test_axial_slices_show_the_front_up_and_the_right_on_the_left(axes: str) -> None:
-    plane, affine, canonical = turned(axes)
-    assert_allclose(upright(plane, affine), canonical[::-1, ::-1, 1].T)
-
-
-@pytest.mark.parametrize("axes", ["PSR", "SAL"])
-def test_sagittal_slices_show_the_head_up_and_the_front_on_the_left(axes: str) -> None:
-    plane, affine, canonical = turned(axes)
-    expected = canonical[1, ::-1, ::-1].T
-    assert_allclose(upright(plane.expand(2, -1, -1), affine), np.stack([expected] * 2))
-
-
-def test_coronal_slices_show_the_head_up_and_the_right_on_the_left() -> None:
-    plane, affine, canonical = turned("LSA")
-    assert_allclose(upright(plane, affine), canonical[::-1, 1, ::-1].T)

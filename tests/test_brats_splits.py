@@ -104,6 +104,15 @@ def test_folds_that_cannot_be(folds: int, fold: int, message: str) -> None:
         split_cases(data, seed=0, folds=folds, fold=fold)
 
 
+def test_two_patients_are_not_told_to_take_fewer_folds() -> None:
+    with pytest.raises(ValueError) as caught:
+        split_cases(data_of(["a_1", "a_2", "b"], ["a", "a", "b"]), seed=0, folds=3, fold=0)
+    assert str(caught.value) == (
+        "somewhere: 2 patient(s) cannot fill train, validation and test; "
+        "add patients, or list the cases of two for train and test in a file (--split FILE)"
+    )
+
+
 # --- from a file ---------------------------------------------------------------------------------
 
 
