@@ -12,10 +12,13 @@
 
 One network is trained per method and seed, from the same initial weights and with the same crops:
 
-full      only the loss of the combination of all modalities
-sum       the losses of the combinations, no decoupling
-gmd       the GMD paper's rule
-pcgrad    the rule in GMD's released code
+full             only the loss of the combination of all modalities
+sum              the losses of the combinations, no decoupling
+gmd              the GMD paper's rule, in the preset's --scope
+gmd-all          the same on all parameters
+pcgrad           the rule in GMD's released code, in the preset's --scope
+balance          sum, weighted by the gradient norms of the first 20 steps (LossBalance)
+balance+gmd-all  both
 
 BRATS is a folder of cases as BraTS 2018, 2020, 2021, 2023 or 2024 lays it out, or one like it.
 Without --data, phantoms are generated, written as NIfTI and read as any other data. The preset sets
