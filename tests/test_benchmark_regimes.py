@@ -91,6 +91,10 @@ class Plain:
         return {name: found[name] for name in self.setting.losses}
 
     def train(self) -> Tensor:
+        for index in self.draw.batches[: 20 if METHODS[self.run.method].first else 0]:
+            assert self.balance is not None
+            self.optimizer.zero_grad()  # no step: the weights stay the initial ones
+            self.balance.update(self.optimizer.backward(self.balance(self.losses(index))))
         for index in self.draw.batches:
             losses = self.losses(index)
             if self.balance is not None:

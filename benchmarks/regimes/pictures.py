@@ -27,6 +27,8 @@ LOOKS = {
     "pcgrad": (GREEN, "^"),
     "balance": (SKY, "s"),
     "balance+gmd-all": (PURPLE, "P"),
+    "balance-first": (BLUE, "<"),
+    "balance-first+gmd-all": (YELLOW, ">"),
     "standardised target": (BLACK, "o"),
 }
 PART_COLORS = {"units": BLUE, "long": SKY, "contradiction": RED, "missing": GREEN}
@@ -67,7 +69,7 @@ def draw_gain(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
             fontsize=11.5,
         )
         handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+        figure.legend(handles, labels, loc="outside lower center", ncols=4)
         _save(figure, path)
 
 
@@ -76,8 +78,8 @@ def draw_opposed(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     opposed = opposed_of(rows)
     found = comparisons(rows)
     with style.context(STYLE):
-        figure = Figure(figsize=(10.5, 6.6))
-        axes = figure.subplots(2, 3, sharex=True, sharey=True).ravel()
+        figure = Figure(figsize=(12.5, 6.6))
+        axes = figure.subplots(2, 4, sharex=True, sharey=True).ravel()
         for axis, method in zip(axes, LOOKS, strict=True):
             for one in (one for one in found if one["method"] == method):
                 x = 100 * opposed[one["part"], one["setting"]]
@@ -88,8 +90,10 @@ def draw_opposed(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
                 axis.plot(x, one["mean"], marker, color=color, markerfacecolor=face, markersize=7)
             axis.axhline(0, color=BLACK, linewidth=1)
             axis.set_title(method)
-        axes[4].set_xlabel("opposed rate of the sum's run: share of losses that a step raises, %")
-        for axis in axes[::3]:
+        figure.supxlabel(
+            "opposed rate of the sum's run: share of losses that a step raises, %", fontsize=10
+        )
+        for axis in axes[::4]:
             axis.set_ylabel("gain over the sum, points")
         figure.suptitle(
             "When to use it: gain against how often the plain sum raises a loss\n"

@@ -31,6 +31,7 @@ WORDS = f"""\
   the parameters that every loss reaches, the plain mean elsewhere. gmd-all: on all parameters.
 - balance: constant weights from the gradient norms of the first 20 steps, as LossBalance gives
   them (on the shared parameters; with gmd-all, on all); those 20 steps have weights of 1.
+- balance-first: the same, measured on the first 20 batches before the first step.
 - standardised target: the sum, with the ink divided by its standard deviation in train.
 - unit: what the ink (grey levels, standard deviation about 34) is divided by: 1 is raw.
 - weight: what the loss of right, whose labels are the digit + 1 modulo 10, is multiplied by.

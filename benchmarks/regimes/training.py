@@ -47,12 +47,14 @@ class Method(NamedTuple):
         rule: "sum", "gmd" or "pcgrad".
         everywhere: whether the Gramian is of all parameters and the weights apply to all.
         balanced: whether LossBalance weighs the losses, by the norms over the same parameters.
+        first: whether it measures before the first step, at the initial weights, and not meanwhile.
         standardised: whether the ink is divided by its standard deviation in train.
     """
 
     rule: str
     everywhere: bool = False
     balanced: bool = False
+    first: bool = False
     standardised: bool = False
 
 
@@ -63,6 +65,8 @@ METHODS = {
     "pcgrad": Method("pcgrad"),
     "balance": Method("sum", balanced=True),
     "balance+gmd-all": Method("gmd", everywhere=True, balanced=True),
+    "balance-first": Method("sum", balanced=True, first=True),
+    "balance-first+gmd-all": Method("gmd", everywhere=True, balanced=True, first=True),
     "standardised target": Method("sum", standardised=True),
 }
 
@@ -190,19 +194,31 @@ class Population:
         self.complete = torch.stack([draw.complete for draw in self.draws])  # (S, N, 3)
         self.number = 0
         self.seen: list[Tensor] = []  # by step that took rows: (3, S of sum), see diagnosed
+        early = {name: block for name, block in self.blocks.items() if METHODS[name].first}
+        for self.number in range(min(BALANCE_STEPS, setting.steps) if early else 0):
+            rows, losses = self._rows()
+            for name, block in early.items():
+                self._balance(block, losses[block], self._gramian(name, rows[block]))
+        self.number = 0
 
     def step(self, take_rows: bool) -> None:
         """One step of all; the rules need rows, constant weights do not."""
+        if take_rows:
+            gradient = self._merged(*self._rows())
+        else:
+            flat = self.flat.requires_grad_()
+            losses = losses_of(*self._at(self.batches[self.number], flat)) * self.factors
+            (gradient,) = torch.autograd.grad(losses.mean(1).sum(), flat)
+        self.number += 1
+        self.flat = self._updated(self.flat.detach(), gradient)
+
+    def _rows(self) -> tuple[Tensor, Tensor]:
+        """(S, m, n) and the losses (S, m), of this step's batches."""
         flat = self.flat.requires_grad_()
         losses = losses_of(*self._at(self.batches[self.number], flat))
-        if take_rows:
-            each = torch.eye(self.m, dtype=flat.dtype)
-            rows = torch.autograd.grad(losses.sum(0), flat, each, is_grads_batched=True)[0]
-            gradient = self._merged(rows.transpose(0, 1), losses.detach())
-        else:
-            (gradient,) = torch.autograd.grad((losses * self.factors).mean(1).sum(), flat)
-        self.number += 1
-        self.flat = self._updated(flat.detach(), gradient)
+        each = torch.eye(self.m, dtype=flat.dtype)
+        rows = torch.autograd.grad(losses.sum(0), flat, each, is_grads_batched=True)[0]
+        return rows.transpose(0, 1), losses.detach()
 
     def scores(self, split: str) -> dict[str, Tensor]:
         """(S,) each, on "validation" or "test"; see :func:`scores_of`."""
@@ -230,16 +246,21 @@ class Population:
         for name, block in self.blocks.items():
             scope = slice(0 if METHODS[name].everywhere else PRIVATE, None)
             some = rows[block] * self.factors[block].unsqueeze(2)
-            gramian = (some[..., scope] @ some[..., scope].mT).double()
+            gramian = self._gramian(name, some)
             weights = self._weights(METHODS[name].rule, gramian, block)
             merged[block] = some.mean(1)
             inside = weights.to(some).unsqueeze(1) @ some[..., scope]
             merged[block, scope] = inside.squeeze(1) / self.m
             if METHODS[name].balanced:
-                self._balance(block, losses[block] * self.factors[block], gramian, weights)
+                self._balance(block, losses[block] * self.factors[block], gramian)
             if name == "sum":
                 self.seen.append(diagnosed(gramian))
         return merged
+
+    def _gramian(self, name: str, rows: Tensor) -> Tensor:
+        """(S, m, m), of the rows (S, m, n) in the method's scope."""
+        inside = rows if METHODS[name].everywhere else rows[..., PRIVATE:]
+        return (inside @ inside.mT).double()
 
     def _weights(self, rule: str, gramian: Tensor, block: slice) -> Tensor:
         if rule == "pcgrad":
@@ -247,13 +268,13 @@ class Population:
             return pcgrad(gramian, torch.stack([order[self.number] for order in orders]))
         return gmd(gramian) if rule == "gmd" else plain_sum(gramian)
 
-    def _balance(self, block: slice, losses: Tensor, gramian: Tensor, weights: Tensor) -> None:
+    def _balance(self, block: slice, losses: Tensor, gramian: Tensor) -> None:
         """Measure, as long as there is something to measure; the next step has the weights."""
         if self.number >= BALANCE_STEPS:
             return
-        names = self.setting.losses
+        names, ones = self.setting.losses, torch.ones(self.m, dtype=torch.float64)
         for row, place in enumerate(range(block.start, block.stop)):
-            seen = Decoupling(names, (), losses[row], gramian[row], weights[row])
+            seen = Decoupling(names, (), losses[row], gramian[row], ones)
             self.balances[place].update(seen)
             if found := self.balances[place].weights:
                 own = [found[name] for name in names]
