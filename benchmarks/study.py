@@ -10,6 +10,7 @@ methods and measures of its folder. What stands between the two marks in STUDY.r
 import argparse
 import csv
 import io
+import itertools
 import json
 import math
 import statistics
@@ -25,6 +26,7 @@ from benchmarks.results import RESULTS, format_spread, write_text
 
 __all__ = ["main"]
 
+BINS = 0.02, 0.1  # of the opposed rate; chosen after the first run on digits
 STUDY = Path(__file__).with_name("STUDY.rst")
 MARKS = "\n.. results\n", "\n.. end of results\n"
 
@@ -194,24 +196,30 @@ def _difference(found: Comparison, digits: int, bold: bool = False) -> str:
 
 
 def _relation(found: Findings, compared: Mapping[tuple[int, str], Comparison]) -> list[str]:
-    """How well the opposed rate of a setting foretells what a method gains there."""
-    lines = []
+    """What the opposed rate of a setting says of what a method gains there."""
+    if not found.opposed:
+        return []
+    ranked, counted = [], []
     for method in dict.fromkeys(method for _, method in compared):
         pairs = [
-            (found.opposed[measure.setting], compared[place, method].mean)
+            (found.opposed[measure.setting], compared[place, method])
             for place, measure in enumerate(found.measures)
-            if measure.setting in found.opposed and (place, method) in compared
+            if (place, method) in compared
         ]
         if len(pairs) > 3:
-            rho = float(spearmanr(*zip(*pairs, strict=True)).statistic)
-            if not math.isnan(rho):
-                lines.append(f"*{method}* {rho:+.2f}")
-    if not lines:
-        return []
-    rates = "; ".join(f"{setting} {rate:.0%}" for setting, rate in found.opposed.items())
+            rho = float(spearmanr([rate for rate, _ in pairs], [one.mean for _, one in pairs])[0])
+            ranked += [] if math.isnan(rho) else [f"*{method}* {rho:+.2f}"]
+        counts = []
+        for low, high in itertools.pairwise((0.0, *BINS, math.inf)):
+            inside = [one for rate, one in pairs if low <= rate < high]
+            counts.append(f"{sum(one.shown and one.mean > 0 for one in inside)} of {len(inside)}")
+        counted.append(f"*{method}* {', '.join(counts)}")
+    rates = "; ".join(f"{setting} {rate:.1%}" for setting, rate in found.opposed.items())
+    bins = f"below {BINS[0]:.0%}, from there to {BINS[1]:.0%}, and from there on"
     return [
-        f"Spearman's correlation, over settings, of the gain with the share of opposed losses in "
-        f"training with *sum*: {', '.join(lines)}. Opposed: {rates}.\n"
+        f"Share of losses that are opposed in training with *sum*: {rates}.\n",
+        f"Settings in which a gain is shown, where that share is {bins}: {'; '.join(counted)}.\n",
+        *([f"Spearman's correlation of gain and share: {', '.join(ranked)}.\n"] if ranked else []),
     ]
 
 

@@ -86,7 +86,8 @@ def test_folders_come_in_their_order_and_are_corrected_apart(tmp_path: Path) -> 
     text = written(tmp_path, digits(settings), one)
     assert text.index("Digits\n~~~~~~\n") < text.index("Phantoms\n~~~~~~~~\n")
     assert "for 4 comparisons" in text and "for 1 comparisons" in text
-    assert "*balance* +1.00" in text and "units: 3 30%" in text
+    assert "gain and share: *balance* +1.00" in text and "units: 3 30.0%" in text
+    assert "to 10%, and from there on: *balance* 0 of 1, 0 of 0, 3 of 3." in text
 
 
 def test_a_real_run_of_the_sentiment_benchmark(tmp_path: Path) -> None:
