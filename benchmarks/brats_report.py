@@ -19,7 +19,7 @@ from benchmarks import gradients, results
 from benchmarks.brats_data import MODALITIES, BratsData
 from benchmarks.brats_metrics import METRICS
 from benchmarks.comparison import Comparison, compare_all
-from benchmarks.methods import MEASURES, definitions
+from benchmarks.methods import ALL, MEASURES, definitions, measured_on
 from benchmarks.pictures import draw_cases, draw_combinations
 from gradsplit import modality_combinations
 
@@ -120,7 +120,7 @@ class Report:
     @property
     def scope(self) -> str:
         """What the Gramians were measured on."""
-        return {"shared": "the shared parameters", "all": "all parameters"}[self.config["scope"]]
+        return {"shared": "the shared parameters", "all": ALL}[self.config["scope"]]
 
     @property
     def seeds(self) -> list[int]:
@@ -246,7 +246,7 @@ class Report:
         ]
         if self.seen:
             parts += [
-                f"## Gradients on {self.scope}, all training steps{note}\n",
+                f"## Gradients on {measured_on(self.scope, self.seen)}, all training steps{note}\n",
                 gradients.gradient_table(self.seen, self.names),
             ]
         words = [*self.methods, *(MEASURES if self.seen else ())]

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from benchmarks import results
+from benchmarks.methods import measured_on
 from benchmarks.pictures import draw_angles, draw_curves
 from gradsplit import Decoupling
 
@@ -240,12 +241,14 @@ def draw_gradients(
         scope: what the Gramians were measured on, for the titles.
     """
 
+    where = measured_on(scope, seen)
+
     def each(key: str) -> dict[str, Array]:
         return {method: arrays[key] for method, arrays in seen.items()}
 
     draw_angles(
         folder / "angles.png",
-        f"Gradient angles on {scope}, {label}, all steps and seeds\n"
+        f"Gradient angles on {where}, {label}, all steps and seeds\n"
         "A row is one combination's gradient. Top: as Fig. 3 of the GMD paper. "
         "Bottom: above 90° the step goes against that row.",
         each("pairs"),
@@ -253,7 +256,7 @@ def draw_gradients(
     )
     draw_curves(
         folder / "dominance.png",
-        f"Gradients on {scope} over training, {label}\n(moving mean; {over})",
+        f"Gradients on {where} over training, {label}\n(moving mean; {over})",
         each("shares"),
         names,
         {

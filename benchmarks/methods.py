@@ -12,11 +12,13 @@ from torch import Tensor
 from gradsplit import CombinationSampler, modality_combinations
 
 __all__ = [
+    "ALL",
     "MEASURES",
     "METHODS",
     "FixedCombinations",
     "Method",
     "definitions",
+    "measured_on",
     "plain_sum",
     "sampler_of",
 ]
@@ -78,9 +80,18 @@ MEANINGS = {
 MEASURES = ("conflict", "opposed", "merged", "dominance", "alignment", "share")
 
 
+ALL = "all parameters"
+
+
 def definitions(words: Iterable[str], scope: str) -> str:
     """A Markdown list: what these methods and measures are, on the parameters of ``scope``."""
     return "".join(f"- **{word}**: {MEANINGS[word].format(scope=scope)}.\n" for word in words)
+
+
+def measured_on(scope: str, methods: Iterable[str]) -> str:
+    """``scope``, and which of ``methods`` have another one."""
+    others = [method for method in methods if METHODS[method].scope == "all"]
+    return f"{scope} ({', '.join(others)}: all)" if others and scope != ALL else scope
 
 
 class FixedCombinations:

@@ -32,8 +32,15 @@ Array = npt.NDArray[np.float64]
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
 )  # fmt: skip
-METHOD_COLORS = {"full": "#7F7F7F", "sum": BLUE, "gmd": RED, "pcgrad": GREEN}
-METHOD_MARKERS = {"full": "s", "sum": "o", "gmd": "D", "pcgrad": "^"}
+METHOD_LOOKS = {
+    "full": ("#7F7F7F", "s"),
+    "sum": (BLUE, "o"),
+    "gmd": (RED, "D"),
+    "gmd-all": (ORANGE, "d"),
+    "pcgrad": (GREEN, "^"),
+    "balance": (SKY, "s"),
+    "balance+gmd-all": (PURPLE, "P"),
+}
 LINE_COLORS = (BLACK, BLUE, RED, GREEN, PURPLE, ORANGE, SKY)
 REGION_COLORS = (SKY, YELLOW, RED, GREEN, PURPLE, ORANGE, BLUE)  # the largest region first
 STYLE = {
@@ -386,7 +393,7 @@ def _draw_points(axis: Axes, methods: Mapping[str, Array]) -> None:
             np.arange(groups) + offset,
             values.mean(0),
             yerr=values.std(0, ddof=1) if seeds > 1 else None,
-            fmt=METHOD_MARKERS.get(method, "o"),
+            fmt=METHOD_LOOKS[method][1],
             color=_color(method),
             markersize=6,
             capsize=3,
@@ -423,7 +430,7 @@ def _draw_combination_points(axis: Axes, methods: Mapping[str, Array], count: in
             quartiles = [np.percentile(column, (25, 75)) for column in known if len(column)]
             there = place[[len(column) > 0 for column in known]]
             axis.vlines(there, *np.transpose(quartiles), color=color, alpha=0.3, linewidth=4)
-        marker = METHOD_MARKERS.get(method, "o")
+        marker = METHOD_LOOKS[method][1]
         axis.plot(place, mean, marker, color=color, markersize=5.5, label=method)
         axis.text(
             1.006, 0.97 - 0.11 * number, f"{mean[-1]:.1f}", color=color, fontweight="bold",
@@ -588,7 +595,7 @@ def _window(steps: int) -> int:
 
 
 def _color(method: str) -> str:
-    return METHOD_COLORS.get(method, PURPLE)
+    return METHOD_LOOKS[method][0]
 
 
 def _speed_look(method: str, methods: Sequence[str]) -> dict[str, Any]:

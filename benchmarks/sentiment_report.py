@@ -16,7 +16,7 @@ from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error
 
 from benchmarks import gradients, results
 from benchmarks.comparison import Comparison, compare_all
-from benchmarks.methods import MEASURES, definitions
+from benchmarks.methods import MEASURES, definitions, measured_on
 from benchmarks.pictures import draw_scores
 from benchmarks.sentiment_data import MODALITIES, SentimentData
 from gradsplit import modality_combinations
@@ -210,7 +210,8 @@ class Report:
         ]
         if self.seen:
             parts += [
-                f"## Gradients on the shared parameters, all training steps{note}\n",
+                f"## Gradients on {measured_on('the shared parameters', self.seen)}, all training "
+                f"steps{note}\n",
                 gradients.gradient_table(self.seen, NAMES),
             ]
         words = [*self.methods, *(MEASURES if self.seen else ())]

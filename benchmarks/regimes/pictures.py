@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 
 from benchmarks.methods import plain_sum
-from benchmarks.pictures import BLACK, BLUE, GREEN, ORANGE, PURPLE, RED, SKY, STYLE, YELLOW
+from benchmarks.pictures import BLACK, BLUE, GREEN, METHOD_LOOKS, RED, SKY, STYLE, YELLOW
 from benchmarks.regimes.report import comparisons, opposed_of
 from benchmarks.results import atomic_path
 from gradsplit.rules import gmd
@@ -22,11 +22,8 @@ from gradsplit.rules import gmd
 __all__ = ["descend", "draw_gain", "draw_opposed", "draw_valley", "line_rows", "valley_rows"]
 
 LOOKS = {
-    "gmd": (RED, "D"),
-    "gmd-all": (ORANGE, "d"),
-    "pcgrad": (GREEN, "^"),
-    "balance": (SKY, "s"),
-    "balance+gmd-all": (PURPLE, "P"),
+    **{name: METHOD_LOOKS[name] for name in ("gmd", "gmd-all", "pcgrad", "balance")},
+    "balance+gmd-all": METHOD_LOOKS["balance+gmd-all"],
     "balance-first": (BLUE, "<"),
     "balance-first+gmd-all": (YELLOW, ">"),
     "standardised target": (BLACK, "o"),
