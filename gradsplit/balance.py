@@ -28,9 +28,11 @@ class LossBalance:
     the weight there is.
 
     It helps where a loss dominates by its scale and opposes others (``report.opposed()``): two
-    tasks in raw units. Where the dominant loss helps the others, or where unstandardised inputs
-    meet Adam, it costs accuracy. Compare on a validation split, and with standardised targets,
-    which may do as much.
+    tasks in raw units. Losses on one scale gain nothing and may lose; standardised targets may do
+    as much. Compare on a validation split. What was measured: ``benchmarks/STUDY.rst``.
+
+    Measure *before the first step*, where the loop is yours: steps at weight 1 with a learning rate
+    that suits the balanced losses can do harm that stays, above all with SGD.
 
     ``balance(losses)`` weighs what :meth:`ModalityDecoupledOptimizer.backward`, ``accumulate``,
     ``step`` or ``joint`` take, and ``balance.update(report)`` measures, once per report. Reports
@@ -48,15 +50,16 @@ class LossBalance:
     >>> import torch
     >>> from gradsplit import LossBalance, ModalityDecoupledOptimizer
     >>> shared = torch.nn.Parameter(torch.ones(2))
-    >>> opt = ModalityDecoupledOptimizer(torch.optim.SGD([shared], lr=0.1), rule="sum")
+    >>> opt = ModalityDecoupledOptimizer(torch.optim.SGD([shared], lr=0.1), scope="all")
+    >>> def losses():
+    ...     return {"text": shared.sum(), "audio": -3.0 * shared.square().sum()}
     >>> balance = LossBalance(steps=2)
-    >>> for _ in range(3):
-    ...     losses = {"text": shared.sum(), "audio": -3.0 * shared.sum()}
+    >>> for _ in range(2):  # batches: no step, so that the model stays as it is
     ...     opt.zero_grad()
-    ...     balance.update(opt.backward(balance(losses)))
-    ...     opt.step()
-    >>> {name: round(weight, 6) for name, weight in balance.weights.items()}, shared.grad
-    ({'text': 1.5, 'audio': 0.5}, tensor([0., 0.]))
+    ...     balance.update(opt.backward(balance(losses())))
+    >>> {name: round(weight, 3) for name, weight in balance.weights.items()}
+    {'text': 1.714, 'audio': 0.286}
+    >>> weighed = opt.step(balance(losses()))  # and so on, in training
     """
 
     def __init__(self, steps: int = 20) -> None:
