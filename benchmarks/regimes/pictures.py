@@ -25,7 +25,7 @@ LOOKS = {
     **{name: METHOD_LOOKS[name] for name in ("gmd", "gmd-all", "pcgrad", "balance")},
     "balance+gmd-all": METHOD_LOOKS["balance+gmd-all"],
     "balance-first": (BLUE, "<"),
-    "balance-first+gmd-all": (YELLOW, ">"),
+    "balance-first+gmd-all": ("#882255", ">"),
     "standardised target": (BLACK, "o"),
 }
 PART_COLORS = {"units": BLUE, "long": SKY, "contradiction": RED, "missing": GREEN}
@@ -87,9 +87,8 @@ def draw_opposed(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
                 axis.plot(x, one["mean"], marker, color=color, markerfacecolor=face, markersize=7)
             axis.axhline(0, color=BLACK, linewidth=1)
             axis.set_title(method)
-        figure.supxlabel(
-            "opposed rate of the sum's run: share of losses that a step raises, %", fontsize=10
-        )
+        for axis in axes[4:]:
+            axis.set_xlabel("opposed: losses that the sum raises, %")
         for axis in axes[::4]:
             axis.set_ylabel("gain over the sum, points")
         figure.suptitle(
