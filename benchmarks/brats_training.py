@@ -701,11 +701,12 @@ def load_config(path: Path) -> Config:
     """What a model was trained with. Raises OSError, ValueError."""
     content = load_checkpoint(path)
     try:
-        if "model_config" in content:  # which a checkpoint of a run has not
-            return Config(**content["config"])
-    except (KeyError, TypeError):  # of an earlier version
-        pass
-    raise ValueError(f"{path}: not a model that this version saved, such as best-gmd-seed0.pt")
+        content["model_config"]  # which a checkpoint of a run has not
+        return Config(**content["config"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: not a model that this version saved, such as best-gmd-seed0.pt"
+        ) from error
 
 
 def load_model(path: Path) -> DynamicSharingUNet3d:

@@ -440,7 +440,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def add(name: str, kind: Callable[[str], Any], text: str, **more: Any) -> None:
         value = getattr(default, name[2:].replace("-", "_"))
-        value = ",".join(value) if isinstance(value, tuple) else value
+        value = ",".join(value) if isinstance(value, tuple) else "none" if value == {} else value
         parser.add_argument(name, type=kind, help=f"{text} (default: {value})", **more)
 
     add("--data", absolute, "pickle in MMSA's layout; without it, synthetic data", metavar="FILE")

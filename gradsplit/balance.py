@@ -28,7 +28,7 @@ class LossBalance:
     the weight there is.
 
     It helps where a loss dominates by its scale and opposes others (``report.opposed()``): two
-    tasks in raw units. Losses on one scale gain nothing and may lose; standardised targets may do
+    tasks in raw units. Losses on one scale rarely gain and may lose; standardised targets may do
     as much. Compare on a validation split. What was measured: ``benchmarks/STUDY.rst``.
 
     Measure *before the first step*, where the loop is yours: steps at weight 1 with a learning rate
