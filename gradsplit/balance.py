@@ -28,8 +28,9 @@ class LossBalance:
     the weight there is.
 
     It helps where a loss dominates by its scale and opposes others (``report.opposed()``): two
-    tasks in raw units. Losses on one scale rarely gain and may lose; standardised targets may do
-    as much. Compare on a validation split. What was measured: ``benchmarks/STUDY.rst``.
+    tasks in raw units. Losses on one scale rarely gain and may lose, as may unstandardised inputs
+    under Adam (1.7 points in a scan before the study); standardised targets may do as much.
+    Compare on a validation split. What was measured: ``benchmarks/STUDY.rst``.
 
     Measure *before the first step*, where the loop is yours: steps at weight 1 with a learning rate
     that suits the balanced losses can do harm that stays, above all with SGD.
