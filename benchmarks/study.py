@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 from scipy.stats import spearmanr
 
-from benchmarks.comparison import Comparison, compare_all
-from benchmarks.results import RESULTS, format_spread, write_text
+from benchmarks.runs.comparison import Comparison, compare_all
+from benchmarks.runs.results import RESULTS, format_spread, write_text
 
 __all__ = ["main"]
 

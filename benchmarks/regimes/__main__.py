@@ -30,12 +30,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks import results
-from benchmarks.arguments import positive_int, whole
 from benchmarks.regimes.data import PARTS, Digits, settings
 from benchmarks.regimes.pictures import draw_gain, draw_opposed, draw_valley
 from benchmarks.regimes.report import comparisons, table
 from benchmarks.regimes.training import study
+from benchmarks.runs import results
+from benchmarks.runs.command import positive_int, whole
 
 __all__ = ["main"]
 

@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from benchmarks.methods import plain_sum
-from benchmarks.pictures import BLACK, BLUE, GREEN, METHOD_LOOKS, RED, SKY, STYLE, YELLOW
 from benchmarks.regimes.report import comparisons, opposed_of
-from benchmarks.results import atomic_path
+from benchmarks.runs.methods import plain_sum
+from benchmarks.runs.pictures import BLACK, BLUE, GREEN, METHOD_LOOKS, RED, SKY, STYLE, YELLOW
+from benchmarks.runs.results import atomic_path
 from gradsplit.rules import gmd
 
 __all__ = ["descend", "draw_gain", "draw_opposed", "draw_valley", "line_rows", "valley_rows"]

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
-from benchmarks.comparison import LEVEL, compare_all
 from benchmarks.regimes.data import COMBINATIONS, PARTS
 from benchmarks.regimes.training import FIRST
-from benchmarks.results import format_spread, markdown_table
+from benchmarks.runs.comparison import LEVEL, compare_all
+from benchmarks.runs.results import format_spread, markdown_table
 
 __all__ = ["comparisons", "opposed_of", "table", "verdicts"]
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.methods import plain_sum
 from benchmarks.regimes.data import COMBINATIONS, Digits, Draw, Setting
+from benchmarks.runs.methods import plain_sum
 from gradsplit import Decoupling, LossBalance
 from gradsplit.rules import draw_order, gmd, pcgrad
 

@@ -1,0 +1,1 @@
+"""Tumour regions from MRI sequences (BraTS)."""

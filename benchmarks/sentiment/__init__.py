@@ -1,0 +1,1 @@
+"""Sentiment from text, audio and vision (CMU-MOSI, CMU-MOSEI, CH-SIMS)."""

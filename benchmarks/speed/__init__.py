@@ -1,0 +1,1 @@
+"""What decoupling costs: time, memory, traffic between ranks."""

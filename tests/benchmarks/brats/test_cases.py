@@ -1,0 +1,767 @@
+"""BraTS folders: what is found, what is refused and in which words, what is written back."""
+
+import gzip
+import shutil
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.brats.cases import (
+    MODALITIES,
+    REGIONS,
+    BratsData,
+    Case,
+    load_folder,
+    read_regions,
+    read_volumes,
+    write_segmentation,
+)
+from tests.benchmarks.brats.cases import AFFINE, NEW, REAL, SHAPE, Array, arrays, write, write_case
+
+REGIONS_2023 = {"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)}
+
+
+def load(folder: Path) -> BratsData:
+    return load_folder(folder, REGIONS)
+
+
+def problems(folder: Path, **options: bool) -> list[str]:
+    """The problems that loading the folder reports, one a line."""
+    with pytest.raises(ValueError) as caught:
+        load_folder(folder, REGIONS, **options)
+    first, *rest = str(caught.value).split("\n")
+    assert first.startswith(f"{folder}: ")
+    return [line.strip() for line in rest]
+
+
+def problem(folder: Path, **options: bool) -> str:
+    (line,) = problems(folder, **options)
+    return line
+
+
+# --- layouts -------------------------------------------------------------------------------------
+
+
+def test_brats_2018_layout(tmp_path: Path) -> None:
+    write_case(tmp_path / "HGG/Brats18_TCIA08_167_1", 1)
+    write_case(tmp_path / "LGG/Brats18_2013_0_1", 2)
+    (tmp_path / "survival_data.csv").write_text("BraTS18ID,Age,Survival\n")
+    data = load(tmp_path)
+    assert [case.name for case in data.cases] == ["Brats18_2013_0_1", "Brats18_TCIA08_167_1"]
+    assert [case.patient for case in data.cases] == ["Brats18_2013_0", "Brats18_TCIA08_167"]
+    case = data.cases[1]
+    folder = tmp_path / "HGG/Brats18_TCIA08_167_1"
+    assert dict(case.files) == {
+        name: folder / f"Brats18_TCIA08_167_1_{name}.nii.gz" for name in MODALITIES
+    }
+    assert tuple(case.files) == MODALITIES
+    assert case.segmentation == folder / "Brats18_TCIA08_167_1_seg.nii.gz"
+    assert case.shape == SHAPE
+    assert case.spacing == (1.0, 2.0, 1.5)
+    assert (data.source, data.regions, data.phantom) == (str(tmp_path), REGIONS, False)
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+def test_brats_2020_layout(tmp_path: Path, ending: str) -> None:
+    write_case(tmp_path / "BraTS20_Training_001", ending=ending)
+    (case,) = load(tmp_path).cases
+    assert case.name == case.patient == "BraTS20_Training_001"
+    assert {path.name for path in case.files.values()} == {
+        f"BraTS20_Training_001_{name}{ending}" for name in MODALITIES
+    }
+
+
+def test_brats_2023_layout(tmp_path: Path) -> None:
+    contents = arrays()
+    contents["seg"][contents["seg"] == 4] = 3
+    for number in (1, 0):
+        name = f"BraTS-GLI-00005-00{number}"
+        write_case(tmp_path / name, contents, separator="-", names=NEW)
+    data = load_folder(tmp_path, REGIONS_2023)
+    assert [case.name for case in data.cases] == ["BraTS-GLI-00005-000", "BraTS-GLI-00005-001"]
+    assert {case.patient for case in data.cases} == {"BraTS-GLI-00005"}
+    files = {role: path.name for role, path in data.cases[0].files.items()}
+    assert files == {role: f"BraTS-GLI-00005-000-{NEW[role]}.nii.gz" for role in MODALITIES}
+
+
+@pytest.mark.parametrize(
+    ("name", "patient"),
+    [
+        ("Brats17_CBICA_AAB_1", "Brats17_CBICA_AAB"),
+        ("BraTS19_TMC_06290_2", "BraTS19_TMC_06290"),
+        ("BraTS2021_00000", "BraTS2021_00000"),
+        ("BraTS20_Training_355", "BraTS20_Training_355"),
+        ("BraTS-MET-00012-003", "BraTS-MET-00012"),
+        ("openms_07", "openms_07"),
+    ],
+)
+def test_patient_of_a_case_name(tmp_path: Path, name: str, patient: str) -> None:
+    write_case(tmp_path / name)
+    assert load(tmp_path).cases[0].patient == patient
+
+
+def test_links_are_followed_and_unrelated_things_left_alone(tmp_path: Path) -> None:
+    store = write_case(tmp_path / "store/one")
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "one").symlink_to(store)
+    (data / ".hidden").mkdir()
+    (data / "__MACOSX").mkdir()
+    (data / "logs").mkdir()
+    (data / "logs/logs.txt").write_text("loss 0.3")
+    (data / "one/notes.txt").write_text("motion")
+    assert [case.name for case in load(data).cases] == ["one"]
+
+
+def test_extra_volumes_in_a_case_are_left_alone(tmp_path: Path) -> None:
+    folder = write_case(tmp_path / "one")
+    write(folder / "one_brainmask.nii.gz", np.ones((3, 3, 3), np.uint8))
+    assert len(load(tmp_path).cases) == 1
+
+
+def test_nothing_found_says_what_was_expected_and_what_is_there(tmp_path: Path) -> None:
+    folder = write_case(tmp_path / "archive/BraTS2021_00000").parent
+    with pytest.raises(ValueError, match=r"no cases; expected CASE/CASE_.*found archive/$"):
+        load(tmp_path)
+    with pytest.raises(ValueError, match=r"found BraTS2021_00000_flair.nii.gz, .*_t2.nii.gz$"):
+        load(folder / "BraTS2021_00000")
+    with pytest.raises(ValueError, match="there is no such folder"):
+        load(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="found nothing"):
+        load(tmp_path / "empty")
+
+
+def test_one_name_in_both_grades_is_refused(tmp_path: Path) -> None:
+    write_case(tmp_path / "HGG/one")
+    write_case(tmp_path / "LGG/one")
+    assert problem(tmp_path).startswith(
+        "one: there are two cases of this name, HGG/one and LGG/one"
+    )
+
+
+def test_a_file_in_two_forms_is_refused(tmp_path: Path) -> None:
+    folder = write_case(tmp_path / "one")
+    write(folder / "one_t2.nii", arrays()["t2"])
+    line = problem(tmp_path)
+    assert line == "one: more than one file for t2, one_t2.nii and one_t2.nii.gz; keep one"
+
+
+@pytest.mark.parametrize("ending", [".nii.gz.part", ".nii.zip", ".zip", ".nii.gz.crdownload"])
+def test_a_case_of_unusable_files_is_named(tmp_path: Path, ending: str) -> None:
+    write_case(tmp_path / "fine", 1)
+    folder = write_case(tmp_path / "one")
+    for path in folder.iterdir():
+        path.rename(folder / path.name.replace(".nii.gz", ending))
+    lines = problems(tmp_path)
+    assert len(lines) == 5
+    for role in (*MODALITIES, "seg"):
+        (line,) = (line for line in lines if line.startswith(f"one/one_{role}.nii.gz: missing"))
+        assert line.endswith(
+            f"; there is also one_{role}{ending}: is it misnamed, packed or not complete?"
+        )
+
+
+def test_capital_letters_are_read(tmp_path: Path) -> None:
+    folder = write_case(tmp_path / "BraTS-GLI-00008-100", separator="-", names=NEW)
+    for path in folder.iterdir():
+        path.rename(folder / path.name.replace("t2w", "t2W").replace(".nii.gz", ".NII.GZ"))
+    (case,) = load(tmp_path).cases
+    assert case.files["t2"].name == "BraTS-GLI-00008-100-t2W.NII.GZ"
+    np.testing.assert_array_equal(read_volumes(case)["t2"], arrays()["t2"])
+    write_segmentation(tmp_path / "out.nii", masks(arrays()["seg"], REGIONS), REGIONS, case)
+
+
+# --- missing files -------------------------------------------------------------------------------
+
+
+def test_missing_modality(tmp_path: Path) -> None:
+    folder = write_case(tmp_path / "LGG/one", ending=".nii")
+    (folder / "one_t2.nii").unlink()
+    line = problem(tmp_path)
+    assert line.startswith("LGG/one/one_t2.nii: missing t2 file")
+    assert "--allow-missing" in line
+    (case,) = load_folder(tmp_path, REGIONS, allow_missing=True).cases
+    assert tuple(case.files) == ("t1", "t1ce", "flair")
+    assert list(read_volumes(case)) == ["t1", "t1ce", "flair", "seg"]
+
+
+@pytest.mark.parametrize(
+    "name", ["one_T2-1.nii.gz", "t2.nii.gz", "one_t2.nii.gz.part", "two-t2w.nii"]
+)
+def test_a_misnamed_modality_is_not_taken_for_a_missing_one(tmp_path: Path, name: str) -> None:
+    folder = write_case(tmp_path / "one")
+    (folder / "one_t2.nii.gz").rename(folder / name)
+    (folder / "one_flair.nii.gz").unlink()
+    line = problem(tmp_path, allow_missing=True)
+    assert line.startswith("one/one_t2.nii.gz: missing t2 file; give its file this name, or move")
+    assert f"; there is also {name}: is it misnamed" in line
+    (folder / name).rename(folder / "one_brainmask.nii.gz")
+    assert load_folder(tmp_path, REGIONS, allow_missing=True).lacking() == (
+        "1 case lacks a modality (t2 1, flair 1)"
+    )
+
+
+def test_missing_file_is_named_as_its_year_names_it(tmp_path: Path) -> None:
+    folder = write_case(tmp_path / "BraTS-GLI-00005-000", separator="-", names=NEW)
+    (folder / "BraTS-GLI-00005-000-t2f.nii.gz").unlink()
+    assert "/BraTS-GLI-00005-000-t2f.nii.gz: missing flair file" in problem(tmp_path)
+
+
+def test_missing_segmentation_is_never_allowed(tmp_path: Path) -> None:
+    folder = write_case(tmp_path / "one")
+    (folder / "one_seg.nii.gz").unlink()
+    line = problem(tmp_path, allow_missing=True)
+    assert line.startswith("one/one_seg.nii.gz: missing segmentation")
+
+
+def test_misnamed_segmentation_is_pointed_at(tmp_path: Path) -> None:
+    """As in BraTS 2020's case 355."""
+    folder = write_case(tmp_path / "BraTS20_Training_355", ending=".nii")
+    (folder / "BraTS20_Training_355_seg.nii").rename(folder / "W39_1998.09.19_Segm.nii")
+    assert "W39_1998.09.19_Segm.nii" in problem(tmp_path)
+
+
+def test_one_modality_has_to_be_there(tmp_path: Path) -> None:
+    write_case(tmp_path / "one", {"seg": arrays()["seg"]})
+    lines = problems(tmp_path, allow_missing=True)
+    assert len(lines) == 4
+    assert all("at least one modality is needed" in line for line in lines)
+
+
+def test_an_empty_case_folder_is_not_passed_over(tmp_path: Path) -> None:
+    write_case(tmp_path / "one")
+    (tmp_path / "two").mkdir()
+    lines = problems(tmp_path)
+    assert len(lines) == 5
+    assert all(line.startswith("two/two_") and "missing" in line for line in lines)
+
+
+# --- damaged and inconsistent files --------------------------------------------------------------
+
+
+def replace(role: str, change: Callable[[Array], Array]) -> Callable[[Path], str]:
+    def spoil(folder: Path) -> str:
+        name = f"{folder.name}_{role}.nii.gz"
+        write(folder / name, change(arrays()[role]))
+        return name
+
+    return spoil
+
+
+def rewrite(change: Callable[[bytes], bytes]) -> Callable[[Path], str]:
+    def spoil(folder: Path) -> str:
+        path = folder / f"{folder.name}_t1ce.nii.gz"
+        path.write_bytes(change(path.read_bytes()))
+        return path.name
+
+    return spoil
+
+
+def put(value: float, dtype: type = np.float32) -> Callable[[Array], Array]:
+    def change(array: Array) -> Array:
+        changed = array.astype(dtype)
+        changed[3, 3, 3] = value
+        return changed
+
+    return change
+
+
+def moved(affine: Array) -> Callable[[Path], str]:
+    def spoil(folder: Path) -> str:
+        write(folder / f"{folder.name}_flair.nii.gz", arrays()["flair"], affine)
+        return f"{folder.name}_flair.nii.gz"
+
+    return spoil
+
+
+def compressed(folder: Path) -> str:
+    (folder / f"{folder.name}_t1.nii.gz").rename(folder / f"{folder.name}_t1.nii")
+    return f"{folder.name}_t1.nii"
+
+
+SHIFT = np.eye(4)
+SHIFT[0, 3] = 0.5
+
+DAMAGES: dict[str, tuple[Callable[[Path], str], str]] = {
+    "label": (replace("seg", put(5, np.uint8)), "unknown label 5; the regions know 0, 1, 2, 4"),
+    "label of 2024": (
+        replace("seg", put(3, np.uint8)),
+        'give --regions "WT=1,2,3 TC=1,3 ET=3 RC=4"',
+    ),
+    "negative label": (replace("seg", put(-1, np.int16)), "unknown label -1"),
+    "interpolated label": (replace("seg", put(1.5)), "not whole numbers, such as 1.5"),
+    "NaN label": (replace("seg", put(np.nan)), "labels that are not finite"),
+    "NaN": (replace("t1", put(np.nan)), "1 voxels are NaN or infinite"),
+    "infinity": (replace("t1", put(-np.inf)), "1 voxels are NaN or infinite"),
+    "beyond float32": (replace("t1", put(1e39, np.float64)), "1 voxels are NaN or infinite"),
+    "empty volume": (replace("t2", np.zeros_like), "is 0 everywhere"),
+    "constant volume": (replace("t2", lambda x: np.full_like(x, 7)), "is 7 everywhere"),
+    "shape": (replace("flair", lambda x: x[:-1]), "shape (4, 6, 7) differs from (5, 6, 7) of"),
+    "axes": (replace("flair", lambda x: x.swapaxes(0, 2)), "shape (7, 6, 5) differs"),
+    "four dimensions": (replace("t1", lambda x: np.stack([x, x], -1)), "has shape (5, 6, 7, 2)"),
+    "two dimensions": (replace("t1", lambda x: x[0]), "has shape (6, 7)"),
+    "complex": (replace("t1", lambda x: x.astype(np.complex64)), "expected real numbers"),
+    "affine moved": (moved(SHIFT @ AFFINE), "affine differs from that of one_seg.nii.gz by up to"),
+    "affine flipped": (moved(AFFINE @ np.diag([-1, 1, 1, 1])), "affine differs"),
+    "affine scaled": (moved(AFFINE @ np.diag([1, 1.02, 1, 1])), "affine differs"),
+    "zero bytes": (rewrite(lambda _: b""), "is empty (0 bytes)"),
+    "truncated": (rewrite(lambda content: content[: len(content) // 2]), "is cut off"),
+    "trailer lost": (rewrite(lambda content: content[:-1]), "is cut off"),
+    "not gzip": (rewrite(gzip.decompress), "is damaged or no gzip file"),
+    "garbage behind": (rewrite(lambda content: content + b"x"), "is damaged or no gzip file"),
+    "bit flipped": (
+        rewrite(lambda x: x[:200] + bytes([x[200] ^ 8]) + x[201:]),
+        "is damaged or no gzip file",
+    ),
+    "compressed under the wrong name": (
+        compressed,
+        "is compressed with gzip; rename it to .nii.gz",
+    ),
+    "text": (rewrite(lambda _: gzip.compress(b"moved to another server")), "is not a NIfTI file"),
+    "web page": (rewrite(lambda _: b"<html>403</html>"), "is damaged or no gzip file"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_found_with_case_and_file(tmp_path: Path, damage: str) -> None:
+    spoil, message = DAMAGES[damage]
+    write_case(tmp_path / "fine", 1)
+    name = spoil(write_case(tmp_path / "one"))
+    line = problem(tmp_path)
+    assert line.startswith(f"one/{name}: ")
+    assert message in line
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+def test_a_file_cut_off_anywhere_is_found(tmp_path: Path, ending: str) -> None:
+    folder = write_case(tmp_path / "one", ending=ending)
+    path = folder / f"one_t1{ending}"
+    content = path.read_bytes()
+    for length in {*range(0, len(content), 7), len(content) - 1}:
+        path.write_bytes(content[:length])
+        assert problem(tmp_path).startswith(f"one/one_t1{ending}: "), length
+    path.write_bytes(content)
+    load(tmp_path)
+
+
+def test_a_damaged_header_is_an_error_and_nothing_else(tmp_path: Path) -> None:
+    """Whatever the header's bytes are: a ValueError that names the file, or a usable case."""
+    folder = write_case(tmp_path / "one", ending=".nii")
+    path = folder / "one_t1.nii"
+    content = path.read_bytes()
+    refused = 0
+    random = np.random.default_rng(0)
+    for _ in range(400):
+        spoilt = bytearray(content)
+        for place in random.integers(0, 352, random.integers(1, 4)):
+            spoilt[place] = random.choice([0, 127, 128, 255, random.integers(256)])
+        path.write_bytes(spoilt)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                load(tmp_path)
+        except ValueError as error:
+            assert "one/one_t1.nii: " in str(error)
+            refused += 1
+    assert refused > 50
+
+
+def test_a_broken_link_and_a_folder_in_place_of_a_file(tmp_path: Path) -> None:
+    folder = write_case(tmp_path / "one")
+    (folder / "one_t1.nii.gz").unlink()
+    (folder / "one_t1.nii.gz").symlink_to(tmp_path / "nowhere.nii.gz")
+    (folder / "one_t2.nii.gz").unlink()
+    (folder / "one_t2.nii.gz").mkdir()
+    assert problems(tmp_path) == [
+        "one/one_t1.nii.gz: No such file or directory",
+        "one/one_t2.nii.gz: is a folder that holds nothing; put the file itself in its place",
+    ]
+
+
+def test_nested_folders_of_kaggle_are_named(tmp_path: Path) -> None:
+    folder = write_case(tmp_path / "BraTS20_Training_001", ending=".nii")
+    for path in list(folder.iterdir()):
+        path.rename(folder / "file")
+        path.mkdir()
+        (folder / "file").rename(path / path.name)
+    lines = problems(tmp_path)
+    assert len(lines) == 5
+    for line in lines:
+        place, _, message = line.partition(": ")
+        assert message == (
+            f"is a folder that holds {Path(place).name}; put the file itself in its place"
+        )
+
+
+def test_all_problems_of_all_cases_are_listed(tmp_path: Path) -> None:
+    for name, damages in {"a": ("NaN", "empty volume"), "b": (), "c": ("label",)}.items():
+        folder = write_case(tmp_path / name)
+        for damage in damages:
+            DAMAGES[damage][0](folder)
+    lines = problems(tmp_path)
+    assert [line.split(": ")[0] for line in lines] == [
+        "a/a_t1.nii.gz",
+        "a/a_t2.nii.gz",
+        "c/c_seg.nii.gz",
+    ]
+
+
+def test_a_long_list_of_problems_is_cut(tmp_path: Path) -> None:
+    for number in range(23):
+        (write_case(tmp_path / f"{number:02}") / f"{number:02}_t1.nii.gz").write_bytes(b"")
+    lines = problems(tmp_path)
+    assert len(lines) == 21
+    assert lines[19].startswith("19/")
+    assert lines[20] == "and 3 more"
+
+
+def test_rounding_in_the_header_is_no_difference(tmp_path: Path) -> None:
+    """One file keeps its orientation as a matrix, the other only as a quaternion of float32."""
+    turned = AFFINE.copy()
+    c, s = np.cos(0.3), np.sin(0.3)
+    turned[:2, :2] = [[-c, s], [s, c]]
+    folder = write_case(tmp_path / "one")
+    for role, array in arrays().items():
+        image = nibabel.Nifti1Image(array, turned)
+        image.set_qform(turned, 1)
+        image.set_sform(turned, 0 if role == "t1" else 1)
+        nibabel.save(image, folder / f"one_{role}.nii.gz")
+    (case,) = load(tmp_path).cases
+    assert case.spacing == pytest.approx((1, 1, 1.5))
+
+
+def test_what_occurs_in_the_wild_is_read(tmp_path: Path) -> None:
+    """Scaled integers, other byte order, NIfTI-2, labels stored as floats."""
+    made = arrays()
+    folder = write_case(tmp_path / "one", made, ending=".nii")
+    scaled = nibabel.Nifti1Image(made["t1"], AFFINE)
+    scaled.header.set_slope_inter(0.5, 10)  # of what is stored
+    nibabel.save(scaled, folder / "one_t1.nii")
+    swapped = nibabel.Nifti1Header(endianness=">")
+    swapped.set_data_dtype(np.dtype(">i2"))
+    nibabel.save(nibabel.Nifti1Image(made["t1ce"], AFFINE, swapped), folder / "one_t1ce.nii")
+    nibabel.save(nibabel.Nifti2Image(made["t2"], AFFINE), folder / "one_t2.nii")
+    write(folder / "one_seg.nii", made["seg"].astype(np.float32))
+    (case,) = load(tmp_path).cases
+    expected = {**made, "t1": made["t1"] * 0.5 + 10}
+    for role, array in read_volumes(case).items():
+        np.testing.assert_array_equal(array, expected[role], err_msg=role)
+
+
+def test_orientations_are_made_one_and_back_again(tmp_path: Path) -> None:
+    """Cases as RAS and transposed, one whose files differ, and volumes of shape (X, Y, Z, 1)."""
+    made = arrays()
+    for case, turns in {
+        "mixed": {"t1": "RAS", "t2": "PSL", "flair": "LPS"},
+        "ras": dict.fromkeys(made, "RAS"),
+        "transposed": dict.fromkeys(made, "SRP"),
+    }.items():
+        write_case(tmp_path / case, made)
+        for role, codes in turns.items():
+            image = nibabel.Nifti1Image(made[role][..., None], AFFINE)
+            start, end = map(nibabel.orientations.axcodes2ornt, ("LPS", codes))
+            turned = image.as_reoriented(nibabel.orientations.ornt_transform(start, end))
+            nibabel.save(turned, tmp_path / f"{case}/{case}_{role}.nii.gz")
+    for case in load(tmp_path).cases:
+        assert (case.shape, case.spacing) == (SHAPE, (1, 2, 1.5))
+        volumes = read_volumes(case)
+        for role, array in made.items():
+            np.testing.assert_array_equal(volumes[role], array, err_msg=f"{case.name} {role}")
+        path = tmp_path / "predicted.nii.gz"
+        write_segmentation(path, masks(volumes["seg"], REGIONS), REGIONS, case)
+        written, own = nibabel.load(path), nibabel.load(case.segmentation)
+        np.testing.assert_array_equal(written.affine, own.affine)
+        np.testing.assert_array_equal(written.dataobj, np.squeeze(own.dataobj))
+
+
+def test_a_region_that_never_occurs_is_warned_of(tmp_path: Path) -> None:
+    made = arrays()
+    made["seg"][made["seg"] == 4] = 1
+    write_case(tmp_path / "one", made)
+    with pytest.warns(UserWarning, match=r"no case has a voxel of region ET \(labels 4\)"):
+        load(tmp_path)
+
+
+ADVICE_2024 = 'BraTS 2024 (GLI) has labels 1 to 4: give --regions "WT=1,2,3 TC=1,3 ET=3 RC=4"'
+
+
+@pytest.mark.parametrize(
+    ("labels", "regions", "message"),
+    [
+        ([1, 2, 3, 4], REGIONS, "unknown label 3; the regions know 0, 1, 2, 4."),
+        ([1, 2, 3], REGIONS, 'only since 2023: give --regions "WT=1,2,3 TC=1,3 ET=3".'),
+        ([1, 2, 3, 4], REGIONS_2023, "unknown label 4; the regions know 0, 1, 2, 3."),
+    ],
+)
+def test_labels_of_2024_are_explained(
+    tmp_path: Path, labels: list[int], regions: dict[str, tuple[int, ...]], message: str
+) -> None:
+    made = arrays()
+    made["seg"] = np.resize(np.array(labels, np.uint8), SHAPE)
+    write_case(tmp_path / "BraTS-GLI-00008-100", made, separator="-", names=NEW)
+    with pytest.raises(ValueError) as caught:
+        load_folder(tmp_path, regions)
+    assert f"{message} {ADVICE_2024}" in str(caught.value)
+    if 4 in labels:
+        (case,) = load_folder(tmp_path, read_regions("WT=1,2,3 TC=1,3 ET=3 RC=4")).cases
+        assert case.patient == "BraTS-GLI-00008"
+
+
+# --- digests -------------------------------------------------------------------------------------
+
+
+def test_digests_are_of_contents_and_names_not_of_places(tmp_path: Path) -> None:
+    for place in ("a", "b", "c"):
+        write_case(tmp_path / place / "one", 1)
+        write_case(tmp_path / place / "two", 2)
+    before, same = load(tmp_path / "a"), load(tmp_path / "b")
+    assert same.digest == before.digest
+    assert [case.digest for case in same.cases] == [case.digest for case in before.cases]
+    assert before.cases[0].digest != before.cases[1].digest
+    # Two modalities of one case exchanged: the same bytes, other data.
+    one, other = (tmp_path / f"c/two/two_{role}.nii.gz" for role in ("t1", "t2"))
+    one.rename(tmp_path / "kept")
+    other.rename(one)
+    (tmp_path / "kept").rename(other)
+    changed = load(tmp_path / "c")
+    assert changed.cases[0].digest == before.cases[0].digest
+    assert changed.cases[1].digest != before.cases[1].digest
+    assert changed.digest != before.digest
+
+
+def test_the_same_file_as_another_modality_is_other_data(tmp_path: Path) -> None:
+    made = arrays()
+    write_case(tmp_path / "a/one", {"t1": made["t1"], "seg": made["seg"]})
+    write_case(tmp_path / "b/one", {"t2": made["t1"], "seg": made["seg"]})
+    one, other = (load_folder(tmp_path / x, REGIONS, allow_missing=True) for x in "ab")
+    assert one.digest != other.digest
+
+
+def test_workers_change_nothing(tmp_path: Path) -> None:
+    for number in range(5):
+        write_case(tmp_path / f"case{number}", number)
+    assert load_folder(tmp_path, REGIONS, workers=3) == load(tmp_path)
+
+
+def test_progress_goes_to_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_case(tmp_path / "one")
+    load_folder(tmp_path, REGIONS, progress=True)
+    shown = capsys.readouterr()
+    assert "1/1" in shown.err
+    assert not shown.out
+    load(tmp_path)
+    assert not capsys.readouterr().err
+
+
+def test_a_file_that_changes_after_the_check_is_refused(tmp_path: Path) -> None:
+    folder = write_case(tmp_path / "one")
+    (case,) = load(tmp_path).cases
+    np.testing.assert_array_equal(read_volumes(case)["t2"], arrays()["t2"])
+    write(folder / "one_t2.nii.gz", arrays(1)["t2"])
+    with pytest.raises(ValueError, match="case one: its files have changed since"):
+        read_volumes(case)
+    (folder / "one_t2.nii.gz").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"one_t2.nii.gz: is damaged or no gzip file"):
+        read_volumes(case)
+
+
+# --- regions -------------------------------------------------------------------------------------
+
+
+def test_read_regions() -> None:
+    assert read_regions("WT=1,2,3 TC=1,3 ET=3") == REGIONS_2023
+    assert list(read_regions(" ET=3  WT=3,2,1 ").items()) == [("ET", (3,)), ("WT", (1, 2, 3))]
+    assert read_regions("lesion=1") == {"lesion": (1,)}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "none given"),
+        ("WT", "'WT' is not NAME=LABEL"),
+        ("WT=", "'WT=' is not NAME=LABEL"),
+        ("=1", "'=1' is not NAME=LABEL"),
+        ("WT=1,,2", "'WT=1,,2' is not NAME=LABEL"),
+        ("WT=1, 2", "'WT=1,' is not NAME=LABEL"),
+        ("WT=-1", "'WT=-1' is not NAME=LABEL"),
+        ("WT=1.5", "'WT=1.5' is not NAME=LABEL"),
+        ("WT=0,1", "labels of 'WT' must differ and be 1 to 255"),
+        ("WT=256", "labels of 'WT' must differ and be 1 to 255"),
+        ("WT=1,1", "labels of 'WT' must differ and be 1 to 255"),
+        ("WT=1 WT=2", "'WT' is there twice"),
+        ("WT=1,2 TC=2,1", "'TC' has the labels of another region"),
+    ],
+)
+def test_read_regions_refuses(text: str, message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        read_regions(text)
+    assert message in str(caught.value)
+
+
+# --- writing segmentations -----------------------------------------------------------------------
+
+
+def case_in(folder: Path) -> Case:
+    write_case(folder / "one")
+    (case,) = load(folder).cases
+    return case
+
+
+def masks(labels: Array, regions: dict[str, tuple[int, ...]]) -> Array:
+    return np.stack([np.isin(labels, members) for members in regions.values()])
+
+
+@pytest.mark.parametrize("regions", [REGIONS, {"ET": (4,), "WT": (1, 2, 4), "TC": (1, 4)}])
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+def test_true_regions_are_written_as_the_true_labels(
+    tmp_path: Path, regions: dict[str, tuple[int, ...]], ending: str
+) -> None:
+    case = case_in(tmp_path)
+    truth = arrays()["seg"]
+    mask = torch.from_numpy(masks(truth, regions))
+    path = tmp_path / f"predicted{ending}"
+    write_segmentation(path, mask, regions, case)
+    written = nibabel.load(path)
+    assert written.get_data_dtype() == np.uint8
+    np.testing.assert_array_equal(np.asarray(written.dataobj), truth)
+
+
+def test_inner_regions_count_as_outer_ones(tmp_path: Path) -> None:
+    case = case_in(tmp_path)
+    mask = np.zeros((3, *SHAPE), bool)
+    mask[2, 0, 0, 0] = True  # ET alone
+    mask[0, 0, 0, 1] = True  # WT alone
+    mask[:2, 0, 0, 2] = True  # WT and TC
+    path = tmp_path / "predicted.nii.gz"
+    write_segmentation(path, mask, REGIONS, case)
+    written = np.asarray(nibabel.load(path).dataobj)
+    assert written[0, 0, :4].tolist() == [4, 2, 1, 0]
+    assert np.count_nonzero(written) == 3
+
+
+def test_a_region_without_a_label_of_its_own_gets_its_smallest(tmp_path: Path) -> None:
+    case = case_in(tmp_path)
+    mask = np.zeros((3, *SHAPE), bool)
+    mask[0, 0] = mask[1, 1] = mask[2, 2] = True
+    path = tmp_path / "predicted.nii.gz"
+    write_segmentation(path, mask, {"all": (2, 4), "a": (4,), "b": (2,)}, case)
+    written = np.asarray(nibabel.load(path).dataobj)
+    assert [np.unique(plane).tolist() for plane in written[:3]] == [[2], [4], [2]]
+
+
+@st.composite
+def nested_regions(draw: st.DrawFn) -> dict[str, tuple[int, ...]]:
+    """Regions each inside the next, in any order of the mapping."""
+    labels = draw(st.lists(st.integers(1, 255), min_size=1, max_size=8, unique=True))
+    sizes = draw(st.sets(st.integers(1, len(labels)), min_size=1))
+    nested = [tuple(sorted(labels[:size])) for size in sizes]
+    return {f"r{number}": members for number, members in enumerate(draw(st.permutations(nested)))}
+
+
+@given(regions=nested_regions(), seed=st.integers(0, 1000))
+def test_masks_of_nested_regions_come_back(
+    regions: dict[str, tuple[int, ...]], seed: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("nested")
+    labels = sorted({0}.union(*regions.values()))
+    drawn = np.random.default_rng(seed).choice(labels, SHAPE).astype(np.uint8)
+    write(folder / "seg.nii", drawn)
+    case = Case("one", "one", {}, folder / "seg.nii", SHAPE, (1, 1, 1), "")
+    write_segmentation(folder / "out.nii", masks(drawn, regions), regions, case)
+    written = np.asarray(nibabel.load(folder / "out.nii").dataobj)
+    np.testing.assert_array_equal(masks(written, regions), masks(drawn, regions))
+
+
+@pytest.mark.parametrize("codes", [(1, 0), (0, 2), (1, 4), (0, 0)])
+def test_geometry_is_the_segmentations_own(tmp_path: Path, codes: tuple[int, int]) -> None:
+    affine = np.diag([1.5, 1.5, 3, 1]) + 0.25 * np.eye(4, k=3)
+    folder = write_case(tmp_path / "one")
+    for role, array in arrays().items():
+        image = nibabel.Nifti1Image(array, affine)
+        image.header.set_xyzt_units("mm", "sec")
+        image.set_qform(affine, codes[0])
+        image.set_sform(affine, codes[1])
+        nibabel.save(image, folder / f"one_{role}.nii.gz")
+    (case,) = load(tmp_path).cases
+    write_segmentation(tmp_path / "out.nii.gz", np.zeros((3, *SHAPE), bool), REGIONS, case)
+    written, original = nibabel.load(tmp_path / "out.nii.gz"), nibabel.load(case.segmentation)
+    np.testing.assert_array_equal(written.affine, original.affine)
+    assert written.header.get_zooms() == original.header.get_zooms()
+    for field in ("qform_code", "sform_code", "xyzt_units", "pixdim", "quatern_b", "srow_x"):
+        np.testing.assert_array_equal(written.header[field], original.header[field])
+
+
+def test_scaling_of_the_segmentation_is_not_taken_over(tmp_path: Path) -> None:
+    case = case_in(tmp_path)
+    scaled = nibabel.Nifti1Image(arrays()["seg"].astype(np.int16), AFFINE)
+    scaled.header.set_slope_inter(2, -1)
+    scaled.header["cal_max"] = 9
+    nibabel.save(scaled, case.segmentation)
+    truth = arrays()["seg"]
+    write_segmentation(tmp_path / "out.nii", masks(truth, REGIONS), REGIONS, case)
+    written = nibabel.load(tmp_path / "out.nii")
+    np.testing.assert_array_equal(np.asarray(written.dataobj), truth)
+    assert written.get_data_dtype() == np.uint8
+    assert written.header["cal_max"] == 0
+
+
+def test_equal_masks_give_equal_files_and_nothing_else(tmp_path: Path) -> None:
+    case = case_in(tmp_path / "data")
+    out = tmp_path / "out"
+    out.mkdir()
+    mask = masks(arrays()["seg"], REGIONS)
+    write_segmentation(out / "a.nii.gz", mask, REGIONS, case)
+    first = (out / "a.nii.gz").read_bytes()
+    time.sleep(1.05)  # a gzip header would hold the second
+    write_segmentation(out / "a.nii.gz", mask, REGIONS, case)
+    assert (out / "a.nii.gz").read_bytes() == first
+    assert [path.name for path in out.iterdir()] == ["a.nii.gz"]
+
+
+def test_a_mask_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    case = case_in(tmp_path)
+    path = tmp_path / "out.nii.gz"
+    for mask in (np.zeros((2, *SHAPE), bool), np.zeros((3, *SHAPE)), np.zeros(SHAPE, bool)):
+        with pytest.raises(ValueError, match=r"mask for case one: got .*expected bool \(3, 5, 6"):
+            write_segmentation(path, mask, REGIONS, case)
+    with pytest.raises(ValueError, match=r"must end in .nii or .nii.gz"):
+        write_segmentation(tmp_path / "out.mha", np.zeros((3, *SHAPE), bool), REGIONS, case)
+    assert not path.exists()
+
+
+# --- real cases ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real() -> Path:
+    if not REAL.is_dir():
+        pytest.skip("the three real cases are not in ../shared/data/openms")
+    return REAL
+
+
+def test_real_cases(real: Path) -> None:
+    data = load_folder(real, read_regions("lesion=1"), workers=2)
+    assert [case.patient for case in data.cases] == ["openms_07", "openms_19", "openms_26"]
+    assert {case.shape for case in data.cases} == {(182, 218, 182)}
+    assert {case.spacing for case in data.cases} == {(1.0, 1.0, 1.0)}
+
+
+def test_a_real_case_spoilt(real: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "openms_07"
+    shutil.copytree(real / "openms_07", folder)
+    folder.chmod(0o755)
+    path = folder / "openms_07_t2.nii.gz"
+    path.chmod(0o644)
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 4)  # the last field of the trailer
+    with pytest.raises(ValueError, match=r"openms_07/openms_07_t2.nii.gz: is cut off"):
+        load_folder(tmp_path, read_regions("lesion=1"), workers=2)

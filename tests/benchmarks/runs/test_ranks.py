@@ -1,0 +1,512 @@
+"""The benchmarks on several ranks: the numbers of one process, one voice, an end to go on from.
+
+Ranks are started as torchrun starts them, by a server that has imported what they need; one test
+runs torchrun itself. What is compared with one process is equal up to the order of additions.
+"""
+
+import json
+import multiprocessing
+import os
+import pickle
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.distributed import TCPStore
+
+from benchmarks.brats import __main__ as brats
+from benchmarks.brats.phantom import write_phantoms
+from benchmarks.brats.presets import Config
+from benchmarks.brats.training import Training
+from benchmarks.runs import ranks
+from benchmarks.runs.checkpoint import load_checkpoint
+from benchmarks.sentiment import __main__ as sentiment
+from benchmarks.sentiment import training as sentiment_training
+from benchmarks.sentiment.data import SentimentData, Split, load_file, synthetic_layout
+
+ROOT = Path(__file__).parents[3]
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals are sent as on POSIX")
+
+
+class Silent:
+    """A progress bar that shows nothing."""
+
+    disable = True
+
+    def update(self, steps: int = 1) -> None: ...
+
+
+# --- starting ranks ------------------------------------------------------------------------------
+
+
+class Started:
+    """``program`` on some ranks; when one fails all are ended, as torchrun does."""
+
+    def __init__(self, log: Path, count: int, program: Callable[..., int], *given: Any) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(
+            ["pytest", "benchmarks.brats.__main__", "benchmarks.sentiment.__main__"]
+        )
+        self.store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        self.log = log
+        self.processes = []
+        log.mkdir(exist_ok=True)
+        for rank in range(count):
+            environment = {
+                "TORCHELASTIC_RUN_ID": "test",
+                "MASTER_ADDR": "localhost",
+                "MASTER_PORT": str(self.store.port),
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
+                "RANK": str(rank),
+                "WORLD_SIZE": str(count),
+                "LOCAL_RANK": str(rank),
+                "LOCAL_WORLD_SIZE": str(count),
+            }
+            process = context.Process(target=_rank, args=(environment, log, program, given))
+            process.start()
+            self.processes.append(process)
+
+    def codes(self) -> list[int | None]:
+        """The exit codes, once all have ended."""
+        deadline = time.monotonic() + 120
+        while any(process.is_alive() for process in self.processes):
+            assert time.monotonic() < deadline, "ranks wait for each other"
+            if any(process.exitcode for process in self.processes):
+                for process in self.processes:
+                    process.terminate()
+            time.sleep(0.02)
+        return [process.exitcode for process in self.processes]
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+    def said(self, rank: int) -> str:
+        """On stderr; what the transport says of lost connections apart."""
+        lines = (self.log / f"{rank}.err").read_text().splitlines()
+        return "\n".join(line for line in lines if "gloo" not in line.lower())
+
+
+def _rank(
+    environment: Mapping[str, str], log: Path, program: Callable[..., int], given: Sequence[Any]
+) -> None:
+    os.environ.update(environment)
+    for number, name in ((1, "out"), (2, "err")):
+        path = log / f"{environment['RANK']}.{name}"
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    multiprocessing.set_start_method("fork", force=True)  # of a DataLoader's workers, as usual
+    torch.set_num_threads(1)
+    sys.exit(program(*given))
+
+
+Start = Callable[..., Started]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """``start(count, program, *given)``."""
+    running: list[Started] = []
+
+    def begin(count: int, program: Callable[..., int], *given: Any) -> Started:
+        running.append(Started(tmp_path / f"log{len(running)}", count, program, *given))
+        return running[-1]
+
+    yield begin
+    for one in running:
+        one.kill()
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the one process: they take longer than all the rest."""
+    monkeypatch.setattr(Figure, "savefig", lambda _, path, **__: Path(path).touch())
+
+
+def wait_for_epochs(checkpoint: Path, epochs: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if checkpoint.exists():
+            current = load_checkpoint(checkpoint)["current"]
+            if current is not None and current["epoch"] >= epochs:
+                return
+        time.sleep(0.01)
+    raise AssertionError("no checkpoint in time")
+
+
+def outcome(folder: Path) -> list[dict[str, Any]]:
+    """The runs of a finished folder, without the time they took."""
+    runs: list[dict[str, Any]] = json.loads((folder / "results.json").read_text())["runs"]
+    for run in runs:
+        del run["seconds"]
+    return runs
+
+
+def assert_close(found: Any, expected: Any, tolerance: float, where: str = "") -> None:
+    """Nested mappings and lists: floats and tensors to a tolerance, all else equal."""
+    if isinstance(expected, Mapping):
+        assert list(found) == list(expected), where
+        for key in expected:
+            assert_close(found[key], expected[key], tolerance, f"{where}/{key}")
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected), where
+        for number, pair in enumerate(zip(found, expected, strict=True)):
+            assert_close(*pair, tolerance, f"{where}/{number}")
+    elif isinstance(expected, float | Tensor):
+        torch.testing.assert_close(
+            found, expected, rtol=tolerance, atol=tolerance, equal_nan=True,
+            msg=lambda text: f"{where}: {text}",
+        )  # fmt: skip
+    else:
+        assert found == expected, where
+
+
+# --- sentiment -----------------------------------------------------------------------------------
+
+SMALL = ["--width", "8", "--depth", "1", "--heads", "2", "--batch-size", "8", "--threads", "1"]
+TRAINED = {"combinations": "k=4", "optimizer": "sgd", "lr": 0.3, "dropout": 0.0, "clip_norm": 1.0,
+           "missing": {"text": 0.2, "audio": 0.5, "vision": 0.5}}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """25 utterances to train on: batches of 8, and one of 1. 70 to test on: two batches."""
+    counts = {"train": 25, "valid": 24, "test": 70}
+    layout = {
+        split: {key: values[: counts[split]] for key, values in part.items()}
+        for split, part in synthetic_layout().items()
+    }
+    path = tmp_path_factory.mktemp("data") / "small.pkl"
+    path.write_bytes(pickle.dumps(layout))
+    return path
+
+
+def train_in_float64(file: Path, method: str, out: Path) -> int:
+    """Three epochs; every rank writes what it has."""
+    torch.set_default_dtype(torch.float64)
+    data = load_file(file, 50)
+    splits = {
+        name: Split({k: x.double() for k, x in part.features.items()}, part.lengths,
+                    part.labels.double())
+        for name, part in data.splits.items()
+    }  # fmt: skip
+    data = SentimentData(splits, data.source, data.digest, data.cleaning)
+
+    def program() -> int:
+        config = sentiment_training.Config(width=8, depth=1, heads=2, batch_size=8, **TRAINED)
+        training = sentiment_training.Training(config, data, method, 0)
+        for _ in range(3):
+            training.train_epoch(Silent())
+        kept = {"model": training.model.state_dict(), **training.finish(lambda: None)}
+        del kept["result"]["seconds"]
+        torch.save(kept, out / f"{ranks.rank()}.pt")
+        return 0
+
+    try:
+        return ranks.run(program)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(("count", "method"), [(2, "gmd"), (3, "pcgrad")])
+def test_sentiment_ranks_train_as_one_process_does(
+    tmp_path: Path, file: Path, start: Start, count: int, method: str
+) -> None:
+    ours, theirs = tmp_path / "one", tmp_path / "many"
+    ours.mkdir()
+    theirs.mkdir()
+    many = start(count, train_in_float64, file, method, theirs)
+    assert train_in_float64(file, method, ours) == 0
+    assert many.codes() == [0] * count, many.said(0)
+    expected = torch.load(ours / "0.pt")
+    found = [torch.load(theirs / f"{rank}.pt") for rank in range(count)]
+    assert (expected["records"]["weights"] > 1).any(), "else nothing was decoupled"
+    assert_close(found[0], expected, 1e-11)
+    for other in found[1:]:
+        assert_close(other, found[0], 0.0)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_sentiment_run_on_ranks(tmp_path: Path, file: Path, start: Start) -> None:
+    arguments = ["--data", str(file), *SMALL, "--methods", "full,gmd", "--seeds", "1"]
+    arguments += ["--epochs", "2", "--dropout", "0"]
+    many = start(2, sentiment.main, [*arguments, "--out", str(tmp_path / "two")])
+    assert sentiment.main([*arguments, "--out", str(tmp_path / "one")]) == 0
+    assert many.codes() == [0, 0], many.said(0)
+    assert sorted(os.listdir(tmp_path / "two")) == sorted(os.listdir(tmp_path / "one"))
+    # float32, AdamW: what is a rounding error in a small gradient is one in the step
+    assert_close(outcome(tmp_path / "two"), outcome(tmp_path / "one"), 2e-4)
+    environment = json.loads((tmp_path / "two/results.json").read_text())["environment"]
+    assert environment["ranks"] == "2"
+    begun = [line for line in many.said(0).splitlines() if line.startswith("[2/2] ")]
+    assert len(begun) == 4 and begun[0] == "[2/2] gmd, seed 0"
+    assert many.said(1) == (many.log / "1.out").read_text() == ""
+
+
+LONG = ["--methods", "gmd", "--combinations", "k=3", "--seeds", "1", "--epochs", "10"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """On two ranks, with dropout: of each rank its own."""
+    folder = tmp_path_factory.mktemp("whole")
+    arguments = ["--data", str(file), *SMALL, *LONG, "--out", str(folder / "out")]
+    assert Started(folder / "log", 2, sentiment.main, arguments).codes() == [0, 0]
+    return folder / "out"
+
+
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGKILL, signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)],
+)
+def test_sentiment_ranks_that_are_ended_continue_exactly(
+    tmp_path: Path, file: Path, start: Start, uninterrupted: Path, number: signal.Signals
+) -> None:
+    out = tmp_path / "out"
+    ended = start(2, sentiment.main, ["--data", str(file), *SMALL, *LONG, "--out", str(out)])
+    wait_for_epochs(out / "checkpoint.pt", 2)
+    for process in ended.processes:
+        os.kill(process.pid or 0, number)
+    codes, said = ended.codes(), ended.said(0)
+    if number == signal.SIGKILL:
+        assert codes == [-signal.SIGKILL] * 2
+    else:
+        assert codes[0] == 130, said
+        line = said.splitlines()[-1].strip()
+        begin = "-m torch.distributed.run --nproc-per-node 2 -m benchmarks.sentiment --resume "
+        assert line == f"{sys.executable} {begin}{out}"
+        assert ended.said(1) == ""
+    current = load_checkpoint(out / "checkpoint.pt")["current"]
+    assert current["epoch"] < 10
+    assert not torch.equal(*current["random"])
+    again = start(2, sentiment.main, ["--resume", str(out)])
+    assert again.codes() == [0, 0], again.said(0)
+    assert outcome(out) == outcome(uninterrupted)
+
+
+def test_another_number_of_ranks_is_refused(tmp_path: Path, file: Path, start: Start) -> None:
+    out = tmp_path / "out"
+    cut = start(2, sentiment.main, ["--data", str(file), *SMALL, *LONG, "--out", str(out)])
+    wait_for_epochs(out / "checkpoint.pt", 1)
+    cut.kill()
+    with pytest.raises(SystemExit):
+        sentiment.main(["--resume", str(out)])
+    refused = start(3, sentiment.main, ["--resume", str(out)])
+    assert refused.codes() == [2, 2, 2]
+    assert "argument --resume: the run began on 2 ranks, this is 3; only" in refused.said(0)
+    assert refused.said(1) == refused.said(2) == ""
+
+
+def test_what_was_begun_in_one_process_is_not_continued_on_ranks(
+    tmp_path: Path, file: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sentiment.Training, "train_epoch", interrupted)
+        arguments = ["--data", str(file), *SMALL, "--out", str(tmp_path / "out")]
+        assert sentiment.main(arguments) == 130
+    refused = start(2, sentiment.main, ["--resume", str(tmp_path / "out")])
+    assert refused.codes() == [2, 2]
+    assert "the run began on 1 rank, this is 2" in refused.said(0)
+
+
+def test_ranks_diverge_together(tmp_path: Path, file: Path, start: Start) -> None:
+    arguments = ["--data", str(file), *SMALL, "--methods", "sum", "--optimizer", "sgd"]
+    arguments += ["--lr", "1e30", "--out", str(tmp_path / "out")]
+    many = start(2, sentiment.main, arguments)
+    assert many.codes() == [1, 1]
+    assert "sum, seed 0, epoch 1: the loss is not a finite number" in many.said(0)
+    assert many.said(1) == ""
+
+
+def one_fails(out: Path) -> int:
+    def work(item: int) -> int:
+        if item == 3:
+            raise ValueError("item 3")
+        return item * item
+
+    def program() -> int:
+        squares = ranks.divided(work, [0, 1, 2])
+        try:
+            ranks.divided(work, range(5))
+        except ValueError as error:
+            torch.save([squares, str(error)], out / f"{ranks.rank()}.pt")
+        return 0
+
+    return ranks.run(program)
+
+
+def test_what_one_rank_raises_all_raise(tmp_path: Path, start: Start) -> None:
+    assert start(2, one_fails, tmp_path).codes() == [0, 0]
+    assert [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)] == [[[0, 1, 4], "item 3"]] * 2
+
+
+def only_one_stops() -> int:
+    ranks.PATIENCE = 0.1
+
+    def program() -> int:
+        if ranks.rank() == 1:
+            print("no such file", file=sys.stderr)
+            raise SystemExit(2)
+        ranks.divided(str, [1, 2])
+        return 0
+
+    return ranks.run(program)
+
+
+def test_a_mistake_of_one_rank_alone_is_heard(start: Start) -> None:
+    many = start(2, only_one_stops)
+    assert many.codes()[1] == 2
+    assert "rank 1: no such file" in many.said(1)
+
+
+@pytest.mark.slow
+def test_ctrl_c_under_torchrun_prints_the_command_that_continues_exactly(
+    tmp_path: Path, file: Path, uninterrupted: Path
+) -> None:
+    out = tmp_path / "out"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command = [*launcher, "-m", "benchmarks.sentiment"]
+    process = subprocess.Popen(
+        [*command, "--data", str(file), *SMALL, *LONG, "--out", str(out)],
+        cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    wait_for_epochs(out / "checkpoint.pt", 1)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert error.count("interrupted; to continue:") == 1, error
+    assert "[rank" not in error, error  # a traceback; torchrun has one of its own
+    (printed,) = [line for line in error.splitlines() if "--resume" in line]
+    assert shlex.split(printed) == [*command, "--resume", str(out)]
+    subprocess.run(shlex.split(printed), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    assert outcome(out) == outcome(uninterrupted)
+
+
+def test_a_dry_run_is_for_one_process(start: Start) -> None:
+    many = start(2, brats.main, ["--check"])
+    assert many.codes() == [2, 2]
+    assert "argument --check: measures one process; start it without torchrun" in many.said(0)
+    assert many.said(1) == ""
+
+
+@pytest.mark.slow
+def test_bad_options_under_torchrun_are_told_once(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["-m", "benchmarks.sentiment", "--lr", "-1"]
+    found = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert found.returncode != 0
+    assert found.stderr.count("--lr: must be a positive number, got '-1'") == 1
+
+
+# --- BraTS ---------------------------------------------------------------------------------------
+
+TINY = ["--crop", "16", "--width", "8", "--validate-every", "1", "--threads", "1"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight cases, of which 001, 002, 003 and 006 lack modalities."""
+    where = write_phantoms(tmp_path_factory.mktemp("phantoms"), cases=8, size=(20, 20, 16), seed=0)
+    lacking = {"001": ["t1ce"], "002": ["flair", "t2"], "003": ["t1", "t1ce", "flair"],
+               "006": ["t1", "t2"]}  # fmt: skip
+    for number, names in lacking.items():
+        for name in names:
+            (where / f"Phantom_{number}/Phantom_{number}_{name}.nii.gz").unlink()
+    return where
+
+
+@pytest.fixture(scope="module")
+def split(folder: Path) -> Path:
+    """Five cases to train on, one to choose by, two to test."""
+    names = [f"Phantom_{number:03d}" for number in range(8)]
+    path = folder.parent / "split.json"
+    path.write_text(json.dumps({"train": names[:5], "valid": names[5:6], "test": names[6:]}))
+    return path
+
+
+def models(folder: Path) -> dict[str, dict[str, Any]]:
+    return {path.name: load_checkpoint(path) for path in sorted(folder.glob("*.pt"))}
+
+
+def score(out: Path) -> Any:
+    """The tests of a finished run's only training, by its best model, in this process."""
+    content = json.loads((out / "results.json").read_text())["config"]
+    config = Config(**{**content, "methods": tuple(content["methods"])})
+    training = Training(config, brats._prepare(brats._parser(), config), config.methods[0], 0)
+    training.best_model = load_checkpoint(next(out.glob("best-*.pt")))["model"]
+    return training.finish(lambda: None)["result"]["test"]
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(
+    ("count", "more"),
+    [
+        # micro-batches of 2, 2 and 1, cases that lack modalities: some losses on one rank only
+        (2, ["--combinations", "k=7", "--accumulate", "3", "--loss", "dice"]),
+        pytest.param(
+            2, ["--combinations", "all", "--scope", "all", "--private-encoder-levels", "1"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            3, ["--combinations", "k=5", "--methods", "pcgrad", "--accumulate", "2"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+)  # fmt: skip
+def test_brats_ranks_train_as_one_process_does(
+    tmp_path: Path, folder: Path, split: Path, start: Start, count: int, more: list[str]
+) -> None:
+    arguments = ["--data", str(folder), "--split", str(split), "--allow-missing", *TINY]
+    arguments += ["--methods", "gmd", "--batch-size", "2", "--epochs", "2"]
+    # Adam would make much of rounding errors in gradients that are near zero.
+    arguments += ["--optimizer", "sgd", "--lr", "0.3", *more]
+    one, two = tmp_path / "one", tmp_path / "two"
+    options = [*arguments, "--out", str(two), "--predict", str(tmp_path / "masks")]
+    many = start(count, brats.main, options)
+    assert brats.main([*arguments, "--out", str(one)]) == 0
+    assert many.codes() == [0] * count, many.said(0)
+    assert all(many.said(rank) == "" for rank in range(1, count))
+    assert sorted(os.listdir(two)) == sorted(os.listdir(one))
+    assert_close(models(two), models(one), 1e-5)
+    (found,), (expected,) = outcome(two), outcome(one)
+    for step, other in zip(found["history"], expected["history"], strict=True):
+        assert_close(step["train_loss"], other["train_loss"], 1e-5)
+    # A score jumps where a voxel does: the ranks' own model, in one process.
+    assert list(found["test"]) == ["Phantom_006", "Phantom_007"]
+    assert found["test"] == score(two)
+    masks = sorted(path.name for path in (tmp_path / "masks").glob("*/*"))
+    assert masks == ["Phantom_006.nii.gz", "Phantom_007.nii.gz"]
+
+
+@pytest.mark.slow
+def test_killed_brats_ranks_continue_exactly(
+    tmp_path: Path, folder: Path, split: Path, start: Start
+) -> None:
+    arguments = ["--data", str(folder), "--split", str(split), "--allow-missing", *TINY]
+    arguments += ["--methods", "gmd", "--batch-size", "2", "--epochs", "4", "--workers", "1"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert start(2, brats.main, [*arguments, "--out", str(whole)]).codes() == [0, 0]
+    following = [*arguments, "--out", str(cut)]
+    for epochs in (1, 3):
+        killed = start(2, brats.main, following)
+        wait_for_epochs(cut / "checkpoint.pt", epochs)
+        time.sleep(0.3)  # into the next one
+        killed.kill()
+        following = ["--resume", str(cut)]
+    again = start(2, brats.main, following)
+    assert again.codes() == [0, 0], again.said(0)
+    assert outcome(cut) == outcome(whole)
+    assert_close(models(cut), models(whole), 0.0)
