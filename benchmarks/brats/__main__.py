@@ -79,8 +79,14 @@ from benchmarks.brats.phantom import write_phantoms
 from benchmarks.brats.presets import AMP, LOSSES, OPTIMIZERS, PRESETS, SCHEDULES, Config
 from benchmarks.brats.report import Report, write_report
 from benchmarks.brats.splits import acn_split, read_split, split_cases
-from benchmarks.brats.training import Prepared, Training
-from benchmarks.brats.volumes import CACHES, NORMALISATIONS, make_dataset, training_batches
+from benchmarks.brats.training import Training
+from benchmarks.brats.volumes import (
+    CACHES,
+    NORMALISATIONS,
+    Prepared,
+    make_dataset,
+    training_batches,
+)
 from benchmarks.runs import ranks, results
 from benchmarks.runs.command import (
     absolute,

@@ -17,8 +17,7 @@ from torch import Tensor
 from benchmarks.brats.cases import MODALITIES, Case, Regions
 from benchmarks.brats.inference import mean_of
 from benchmarks.brats.metrics import segmented
-from benchmarks.brats.report import _mean
-from benchmarks.brats.training import Prepared
+from benchmarks.brats.volumes import Prepared
 from benchmarks.runs.pictures import (
     BLACK,
     BLUE,
@@ -30,9 +29,10 @@ from benchmarks.runs.pictures import (
     SKY,
     STYLE,
     YELLOW,
-    _color,
-    _finish,
-    _legend_of,
+    color_of,
+    finish,
+    legend_of,
+    finite_mean,
 )
 
 Array = npt.NDArray[np.float64]
@@ -130,7 +130,7 @@ def draw_combinations(
             axis.axvline(count - 0.5, color=BLACK, linewidth=0.8, zorder=1)
             axis.set_xlim(-0.5, count + 0.5)
         figure.align_ylabels(axes)
-        _finish(figure, path, title, *_legend_of(axes))
+        finish(figure, path, title, *legend_of(axes))
 
 
 def draw_cases(
@@ -177,7 +177,7 @@ def draw_cases(
             axis.set_title(head, fontsize=10.5)
         _draw_regions(axes[0][0], truth, colors)
         for line, (method, cells) in zip(axes[1:], predictions.items(), strict=True):
-            line[0].set_ylabel(method, color=_color(method), fontweight="bold", fontsize=12)
+            line[0].set_ylabel(method, color=color_of(method), fontweight="bold", fontsize=12)
             for axis, image, cell in zip(line, backgrounds, cells, strict=True):
                 _draw_slice(axis, image if cell is not None else None, (height, width))
                 if cell is not None:
@@ -192,7 +192,7 @@ def draw_cases(
             axis.set_title(head, fontsize=10.5)
         handles: list[Any] = [Patch(color=color) for color in colors]
         handles.append(Line2D([], [], color="#9A9A9A", linewidth=1.2))
-        _finish(figure, path, title, handles, [*regions, "outline of the ground truth"])
+        finish(figure, path, title, handles, [*regions, "outline of the ground truth"])
 
 
 def _most(panels: Mapping[str, Mapping[str, Array]]) -> int:
@@ -203,11 +203,11 @@ def _draw_combination_points(axis: Axes, methods: Mapping[str, Array], count: in
     widest = min(0.3, 0.13 * (len(methods) - 1))
     offsets = np.linspace(-widest, widest, len(methods))
     for number, (offset, (method, values)) in enumerate(zip(offsets, methods.items(), strict=True)):
-        by_case = np.dstack([values, _mean(values, 2)])  # (seeds, cases, combinations + 1)
-        by_seed = _mean(values, 1)
-        by_seed = np.column_stack([by_seed, _mean(by_seed, 1)])  # (seeds, combinations + 1)
-        place, mean = np.arange(count + 1) + offset, _mean(by_seed, 0)
-        color = _color(method)
+        by_case = np.dstack([values, finite_mean(values, 2)])  # (seeds, cases, combinations + 1)
+        by_seed = finite_mean(values, 1)
+        by_seed = np.column_stack([by_seed, finite_mean(by_seed, 1)])  # (seeds, combinations + 1)
+        place, mean = np.arange(count + 1) + offset, finite_mean(by_seed, 0)
+        color = color_of(method)
         if len(values) > 1:
             spread = by_seed.std(0, ddof=1)
             axis.errorbar(place, mean, yerr=spread, fmt="none", color=color, capsize=2.5)

@@ -7,7 +7,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,9 +16,8 @@ import torch._functorch.config
 import torch._inductor.config
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import Dataset
 
-from benchmarks.brats.cases import MODALITIES, BratsData, Case
+from benchmarks.brats.cases import MODALITIES
 from benchmarks.brats.inference import (
     autocast,
     case_logits,
@@ -30,7 +29,7 @@ from benchmarks.brats.inference import (
 from benchmarks.brats.metrics import case_scores, hard_dice, segmented
 from benchmarks.brats.pictures import case_slices, shown_case
 from benchmarks.brats.presets import OPTIMIZERS, Config
-from benchmarks.brats.volumes import training_batches
+from benchmarks.brats.volumes import Prepared, training_batches
 from benchmarks.runs import ranks
 from benchmarks.runs.checkpoint import save_checkpoint
 from benchmarks.runs.gradients import Merges
@@ -40,7 +39,6 @@ from gradsplit import LossBalance, ModalityDecoupledOptimizer, modality_combinat
 from reference_models.unet3d import DynamicSharingUNet3d
 
 __all__ = [
-    "Prepared",
     "Training",
     "loss_of",
     "loss_sums",
@@ -53,15 +51,6 @@ T = TypeVar("T")
 COMBINATIONS = modality_combinations(MODALITIES)
 NAMES = ["+".join(combination) for combination in COMBINATIONS]
 POLY_POWER = 0.9
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Checked data, divided, and ready to be read."""
-
-    data: BratsData
-    split: Mapping[str, Sequence[Case]]  # train, valid, test
-    datasets: Mapping[str, "Dataset[Sample]"]  # the same keys
 
 
 # --- model and loss ------------------------------------------------------------------------------

@@ -6,13 +6,16 @@ import os
 import pickle
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch._functorch.config
+import torch._inductor.config
 from monai.data.dataset import CacheDataset, PersistentDataset
 from monai.data.dataset import Dataset as PlainDataset
 from monai.transforms.compose import Compose
@@ -22,7 +25,15 @@ from monai.transforms.transform import Transform
 from monai.transforms.utility.dictionary import EnsureTyped
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from benchmarks.brats.cases import MODALITIES, SEGMENTATION, Case, Regions, masks_of, read_volumes
+from benchmarks.brats.cases import (
+    MODALITIES,
+    SEGMENTATION,
+    BratsData,
+    Case,
+    Regions,
+    masks_of,
+    read_volumes,
+)
 from benchmarks.runs import ranks
 from benchmarks.runs.results import atomic_path
 
@@ -268,3 +279,12 @@ class _Crops(Dataset[Sample]):
 def _derived(*parts: int) -> int:
     """A seed of 32 bits from several numbers, none of them negative."""
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Checked data, divided, and ready to be read."""
+
+    data: BratsData
+    split: Mapping[str, Sequence[Case]]  # train, valid, test
+    datasets: Mapping[str, "Dataset[Sample]"]  # the same keys

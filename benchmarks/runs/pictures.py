@@ -73,12 +73,12 @@ def draw_angles(
         axes = figure.subplots(2, len(pairs), sharex=True, sharey=True, squeeze=False)
         for line, (between, what, angles) in zip(axes, rows, strict=True):
             for axis, (method, values) in zip(line, angles.items(), strict=True):
-                _draw_histogram(axis, values, bins, _color(method), what)
+                _draw_histogram(axis, values, bins, color_of(method), what)
                 axis.set_xlabel(f"angle {between} (°)")
             line[0].set_ylabel("share of all angles")
         for axis, method in zip(axes[0], pairs, strict=True):
-            axis.set_title(method, color=_color(method), fontweight="bold")
-        _finish(figure, path, title, [], [])
+            axis.set_title(method, color=color_of(method), fontweight="bold")
+        finish(figure, path, title, [], [])
 
 
 def draw_curves(
@@ -105,7 +105,7 @@ def draw_curves(
         upper = above.subplots(1, len(shares) + 1, sharey=True, width_ratios=_widths(len(shares)))
         for axis, (method, values) in zip(upper, shares.items(), strict=False):
             _draw_shares(axis, values, combinations)
-            axis.set_title(method, color=_color(method), fontweight="bold")
+            axis.set_title(method, color=color_of(method), fontweight="bold")
             axis.set_xlabel("training step")
         upper[0].set_ylim(bottom=0)
         upper[0].set_ylabel("share of the gradient norms")
@@ -121,7 +121,7 @@ def draw_curves(
             if all(_spans_decades(values) for values in by_method.values()):
                 axis.set_yscale("log")
         _legend_beside(lower[-1], lower[0], "method")
-        _finish(figure, path, title, [], [])
+        finish(figure, path, title, [], [])
 
 
 def smooth(values: Array, window: int) -> Array:
@@ -140,7 +140,7 @@ def smooth(values: Array, window: int) -> Array:
     return mean
 
 
-def _mean(values: Array, axis: int) -> Array:
+def finite_mean(values: Array, axis: int) -> Array:
     """Without the NaN; NaN where there is nothing else."""
     known = np.isfinite(values)
     total: Array = np.where(known, values, 0.0).sum(axis)
@@ -167,7 +167,7 @@ def _draw_histogram(axis: Axes, values: Array, bins: Array, color: str, what: st
 def _draw_shares(axis: Axes, values: Array, combinations: Sequence[str]) -> None:
     steps = values.shape[1]
     lines = smooth(values.transpose(2, 0, 1), _window(steps))  # (combinations, seeds, steps)
-    means = [_mean(line, 0) for line in lines]
+    means = [finite_mean(line, 0) for line in lines]
     for mean, look in zip(means, _looks(combinations), strict=True):
         drawn = np.isfinite(mean)  # sampled combinations have gaps: connect what there is
         if drawn.any():
@@ -208,20 +208,22 @@ def _widths(count: int) -> list[float]:
 
 def _legend_beside(place: Axes, drawn: Axes, title: str) -> None:
     place.axis("off")
-    handles, labels = _legend_of([drawn])
+    handles, labels = legend_of([drawn])
     place.legend(handles, labels, loc="center left", title=title, borderaxespad=0)
 
 
 def _draw_band(axis: Axes, method: str, values: Array, highest: float) -> None:
     """Mean over seeds, smoothed, with a band of one sample standard deviation."""
     smoothed = smooth(values, _window(values.shape[1]))
-    mean = _mean(smoothed, 0)
+    mean = finite_mean(smoothed, 0)
     steps = np.arange(len(mean))
     if len(values) > 1:
         spread = smoothed.std(0, ddof=1)
         top = np.minimum(mean + spread, highest)
-        axis.fill_between(steps, mean - spread, top, color=_color(method), alpha=0.15, linewidth=0)
-    axis.plot(steps, mean, color=_color(method), linewidth=1.6, label=method)
+        axis.fill_between(
+            steps, mean - spread, top, color=color_of(method), alpha=0.15, linewidth=0
+        )
+    axis.plot(steps, mean, color=color_of(method), linewidth=1.6, label=method)
 
 
 def _spans_decades(values: Array) -> bool:
@@ -232,11 +234,11 @@ def _window(steps: int) -> int:
     return max(1, steps // 12)
 
 
-def _color(method: str) -> str:
+def color_of(method: str) -> str:
     return METHOD_LOOKS[method][0]
 
 
-def _legend_of(axes: Sequence[Axes]) -> tuple[list[Any], list[str]]:
+def legend_of(axes: Sequence[Axes]) -> tuple[list[Any], list[str]]:
     found: dict[str, Any] = {}
     for axis in axes:
         handles, labels = axis.get_legend_handles_labels()
@@ -245,7 +247,7 @@ def _legend_of(axes: Sequence[Axes]) -> tuple[list[Any], list[str]]:
     return list(found.values()), list(found)
 
 
-def _finish(
+def finish(
     figure: Figure, path: Path, title: str, handles: Sequence[Any], labels: Sequence[str]
 ) -> None:
     # About 11 letters of this size to an inch.

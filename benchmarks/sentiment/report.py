@@ -20,7 +20,7 @@ from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error
 from benchmarks.runs import gradients, results
 from benchmarks.runs.comparison import Comparison, compare_all
 from benchmarks.runs.methods import MEASURES, definitions, measured_on
-from benchmarks.runs.pictures import BLACK, METHOD_LOOKS, STYLE, _color, _finish, _legend_of
+from benchmarks.runs.pictures import BLACK, METHOD_LOOKS, STYLE, color_of, finish, legend_of
 from benchmarks.sentiment.data import MODALITIES, SentimentData
 from gradsplit import modality_combinations
 
@@ -381,7 +381,7 @@ def draw_scores(
         last.set_xticks(range(len(groups)), [name.replace("+", "\n+ ") for name in groups])
         last.set_xlabel("modalities available at test")
         figure.align_ylabels(axes)
-        _finish(figure, path, title, *_legend_of(axes))
+        finish(figure, path, title, *legend_of(axes))
 
 
 def _draw_points(axis: Axes, methods: Mapping[str, Array]) -> None:
@@ -393,7 +393,7 @@ def _draw_points(axis: Axes, methods: Mapping[str, Array]) -> None:
             values.mean(0),
             yerr=values.std(0, ddof=1) if seeds > 1 else None,
             fmt=METHOD_LOOKS[method][1],
-            color=_color(method),
+            color=color_of(method),
             markersize=6,
             capsize=3,
             linewidth=1.4,

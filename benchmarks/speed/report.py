@@ -20,8 +20,8 @@ from benchmarks.runs.pictures import (
     RED,
     SKY,
     STYLE,
-    _finish,
-    _legend_of,
+    finish,
+    legend_of,
 )
 from benchmarks.speed.ranks import DDP, SHARED, WAYS
 from benchmarks.speed.timing import fit_exponent, paired_ratio
@@ -624,11 +624,11 @@ def draw_projection(
         axes[0].set_ylim(bottom=0.7)
         axes[0].yaxis.set_major_formatter("{x:g}")
         axes[0].set_ylabel("time / one read of the data")
-        _finish(
+        finish(
             figure,
             path,
             "Projection alone: from rows to the merged gradient\n" + title,
-            *_legend_of(axes),
+            *legend_of(axes),
         )
 
 
@@ -673,7 +673,7 @@ def draw_steps(
         axes[0][0].set_xlim(low, high * 1.5)  # room for the numbers
         for axis in axes[-1]:
             axis.set_xlabel("time / joint step (bar: minimum to maximum)")
-        _finish(
+        finish(
             figure, path, "Forward and backward against one of the summed losses\n" + title, [], []
         )
 

@@ -37,8 +37,8 @@ from benchmarks.brats.inference import case_logits, load_model, mean_of, model_f
 from benchmarks.brats.phantom import write_phantoms
 from benchmarks.brats.presets import PRESETS, Config, paper, quick, released
 from benchmarks.brats.splits import read_split
-from benchmarks.brats.training import Prepared, Training, loss_of, loss_sums
-from benchmarks.brats.volumes import make_dataset, training_batches
+from benchmarks.brats.training import Training, loss_of, loss_sums
+from benchmarks.brats.volumes import Prepared, make_dataset, training_batches
 from benchmarks.runs.checkpoint import load_checkpoint, save_checkpoint
 from benchmarks.runs.methods import METHODS
 from benchmarks.runs.session import Diverged
