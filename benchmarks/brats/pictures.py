@@ -31,8 +31,8 @@ from benchmarks.runs.pictures import (
     YELLOW,
     color_of,
     finish,
-    legend_of,
     finite_mean,
+    legend_of,
 )
 
 Array = npt.NDArray[np.float64]
