@@ -1,6 +1,7 @@
 """From a model file to the logits of a whole case."""
 
 import itertools
+import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -11,11 +12,13 @@ import torch
 import torch._functorch.config
 import torch._inductor.config
 from monai.inferers.utils import sliding_window_inference
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.brats.cases import MODALITIES
 from benchmarks.brats.presets import AMP, Config
-from benchmarks.runs.checkpoint import load_checkpoint
+from benchmarks.runs.results import atomic_path
 from benchmarks.runs.session import Diverged
 from reference_models.unet3d import DynamicSharingUNet3d, UNet3dConfig
 
@@ -26,11 +29,12 @@ __all__ = [
     "autocast",
     "case_logits",
     "convolutions",
-    "load_config",
+    "load_about",
     "load_model",
     "mean_of",
     "model_config",
     "model_file",
+    "save_model",
 ]
 
 
@@ -43,7 +47,6 @@ def model_config(config: Config, regions: Sequence[str]) -> UNet3dConfig:
         modalities=MODALITIES,
         regions=tuple(regions),
         width=config.width,
-        private_encoder_levels=config.private_encoder_levels,
         activation_checkpointing=config.checkpointing,
     )
 
@@ -139,24 +142,39 @@ def _foreground(volume: Tensor) -> tuple[slice, slice, slice]:
 
 def model_file(folder: Path, kind: str, method: str, seed: int) -> Path:
     """Where the ``kind`` ("best" or "last") model of a training lies."""
-    return folder / f"{kind}-{method}-seed{seed}.pt"
+    return folder / f"{kind}-{method}-seed{seed}.safetensors"
 
 
-def load_config(path: Path) -> Config:
-    """What a model was trained with. Raises OSError, ValueError."""
-    content = load_checkpoint(path)
+def save_model(path: Path, weights: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """Write a model that :func:`load_model` reads; ``about`` is kept as JSON beside the weights."""
+    tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, {"gradsplit": json.dumps(about)})
+
+
+def load_about(path: Path) -> dict[str, Any]:
+    """What is known of a model: ``config``, ``model_config``, ``method``, ``seed``, ``epoch``.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it is none of :func:`save_model`.
+    """
+    path.open("rb").close()  # safetensors names no file in its errors
     try:
-        content["model_config"]  # which a checkpoint of a run has not
-        return Config(**content["config"])
-    except (KeyError, TypeError) as error:
+        with safe_open(path, "pt") as file:
+            about: dict[str, Any] = json.loads(file.metadata()["gradsplit"])
+    except (SafetensorError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path}: not a model that this version saved, such as best-gmd-seed0.pt"
+            f"{path}: not a model that this version saved, such as best-gmd-seed0.safetensors"
         ) from error
+    return about
 
 
 def load_model(path: Path) -> DynamicSharingUNet3d:
-    """A model that :meth:`Training.save_models` wrote. Raises OSError, ValueError."""
-    content = load_checkpoint(path)
-    model = DynamicSharingUNet3d(UNet3dConfig(**content["model_config"]))
-    model.load_state_dict(content["model"])
+    """A model that a run has saved, ready for inference. Raises as :func:`load_about`."""
+    content = load_about(path)["model_config"]
+    for name in ("modalities", "regions"):
+        content[name] = tuple(content[name])  # JSON has no tuples
+    model = DynamicSharingUNet3d(UNet3dConfig(**content))
+    model.load_state_dict(load_file(path))
     return model.eval()

@@ -4,38 +4,26 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
-import torch._functorch.config
-import torch._inductor.config
 
-__all__ = [
-    "AMP",
-    "Config",
-    "LOSSES",
-    "OPTIMIZERS",
-    "PRESETS",
-    "SCHEDULES",
-    "paper",
-    "quick",
-    "released",
-]
+from benchmarks.runs.command import (
+    Compared,
+    Folder,
+    Machine,
+    Optimised,
+    Positive,
+    Whole,
+    checked,
+)
 
+__all__ = ["AMP", "OPTIMIZERS", "PRESETS", "Config"]
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
     "adam": torch.optim.Adam,
-    "sgd": torch.optim.SGD,
 }
-
-
-SCHEDULES = ("poly", "cosine", "constant")
-
-
-LOSSES = ("dice+bce", "dice")
-
-
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -44,50 +32,77 @@ def _user_cache() -> str:
     return str(Path(home) / "gradsplit")
 
 
-@dataclass(frozen=True)
-class Config:
-    """Everything that decides the numbers. The defaults are the preset :func:`quick`."""
+def _split(text: str) -> str:
+    return text if text in ("folds", "acn") else str(Path(text).absolute())
 
-    preset: str = "quick"
-    data: str | None = None
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What it is trained on."""
+
+    data: Folder = None
+    """folder of cases; without it, phantoms"""
     regions: str = "WT=1,2,4 TC=1,4 ET=4"
+    """region to labels; of BraTS 2023: "WT=1,2,3 TC=1,3 ET=3", of 2024 (GLI): RC=4, too"""
     allow_missing: bool = False
-    phantoms: int = 24
-    normalisation: str = "zscore"
-    split: str = "folds"
-    folds: int | None = None  # 5, or the number of patients where that is smaller
-    fold: int = 0
-    cache: str = "memory"
-    cache_folder: str = field(default_factory=_user_cache)
-    methods: tuple[str, ...] = ("sum", "gmd")
-    combinations: str = "k=5"
-    scope: str = "shared"
-    reduction: str = "mean"
-    seeds: int = 1
-    first_seed: int = 0
-    epochs: int = 36
-    batch_size: int = 2
-    accumulate: int = 1
-    crop: int = 32
-    loss: str = "dice+bce"
-    optimizer: str = "adamw"
-    lr: float = 6e-3
-    weight_decay: float = 0.01
-    schedule: str = "poly"
-    clip_norm: float | None = None
-    validate_every: int = 12
-    width: int = 8
-    private_encoder_levels: int = 0
-    checkpointing: bool = False
-    amp: str = "off"
-    compile: bool = False
-    device: str = "cpu"
-    workers: int = 0
-    threads: int = field(default_factory=torch.get_num_threads)
+    """train and test on cases that lack modality files, too"""
+    phantoms: Positive = 24
+    """cases to generate without --data"""
+    normalisation: Literal["zscore", "minmax"] = "zscore"
+    """of each volume"""
+    split: Annotated[str, checked(_split, "a split", "{folds,acn,FILE}")] = "folds"
+    """folds, acn (the released protocol), or a JSON file of names"""
+    folds: Whole = 0
+    """of --split folds; 0: 5, or one per patient where there are fewer"""
+    fold: Whole = 0
+    """the one that is tested; the next one validates"""
+    cache: Literal["memory", "disk", "none"] = "memory"
+    """where normalised volumes are kept"""
+    cache_folder: Annotated[str, checked(lambda x: str(Path(x).absolute()), "a path", "FOLDER")] = (
+        field(default_factory=_user_cache)
+    )
+    """for phantoms and --cache disk"""
+    workers: Whole = 0
+    """processes that read and crop"""
 
-    @property
-    def all_seeds(self) -> range:
-        return range(self.first_seed, self.first_seed + self.seeds)
+
+@dataclass(frozen=True, kw_only=True)
+class Decoupled:
+    """How losses become one gradient."""
+
+    scope: Literal["shared", "all"]
+    """where conflicts are measured and removed"""
+    reduction: Literal["mean", "sum", "released"]
+    """of the losses"""
+    loss: Literal["dice+bce", "dice"]
+    """of each combination"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """The U-Net and its training."""
+
+    width: Positive
+    """channels of the first level, a multiple of 8"""
+    crop: Positive
+    """voxels along each side, in training and inference"""
+    accumulate: Positive = 1
+    """micro-batches per step"""
+    optimizer: Literal["adamw", "adam"]
+    """what the decoupling wraps"""
+    validate_every: Positive
+    """epochs between validations"""
+    checkpointing: bool = False
+    """recompute activations in the backward: less memory, more time"""
+    amp: Literal["off", "bf16", "fp16"] = "off"
+    """autocast to"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Data, Compared, Decoupled, Optimised, Network, Machine):
+    """Everything that decides the numbers."""
+
+    preset: Literal["quick", "paper", "released"]
 
 
 def quick() -> Config:
@@ -111,7 +126,23 @@ def quick() -> Config:
     split                fold 0 of 5            ours: a validation split chooses the epoch
     ===================  =====================  =================================================
     """
-    return Config()
+    return Config(
+        preset="quick",
+        methods=("sum", "gmd"),
+        combinations="k=5",
+        scope="shared",
+        reduction="mean",
+        loss="dice+bce",
+        optimizer="adamw",
+        lr=6e-3,
+        weight_decay=0.01,
+        batch_size=2,
+        crop=32,
+        width=8,
+        epochs=36,
+        validate_every=12,
+        seeds=1,
+    )
 
 
 def paper() -> Config:
@@ -186,6 +217,7 @@ def released() -> Config:
         reduction="released",
         normalisation="minmax",
         split="acn",
+        seeds=1,
         **_LONG,
     )
 
@@ -203,4 +235,4 @@ _LONG: dict[str, Any] = {
 }
 
 
-PRESETS = {"quick": quick, "paper": paper, "released": released}
+PRESETS = {"quick": quick(), "paper": paper(), "released": released()}

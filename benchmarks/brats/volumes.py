@@ -288,3 +288,11 @@ class Prepared:
     data: BratsData
     split: Mapping[str, Sequence[Case]]  # train, valid, test
     datasets: Mapping[str, "Dataset[Sample]"]  # the same keys
+
+    @property
+    def source(self) -> str:
+        return self.data.source
+
+    @property
+    def digest(self) -> str:
+        return self.data.digest

@@ -1,1 +1,1 @@
-"""In which regime does removing conflict, or balancing the losses, beat the plain sum?"""
+"""Where removing gradient conflict, or balancing the losses, beats the plain sum (digits)."""

@@ -107,10 +107,13 @@ class Digits:
         parts = (self.views * 16).byte().numpy().tobytes(), self.digit.byte().numpy().tobytes()
         return hashlib.sha256(b"".join(parts)).hexdigest()
 
+    @property
+    def source(self) -> str:
+        return f"sklearn.datasets.load_digits, scikit-learn {sklearn.__version__}"
+
     def provenance(self) -> dict[str, str]:
         """Where the data come from, for the result file."""
-        source = f"sklearn.datasets.load_digits, scikit-learn {sklearn.__version__}"
-        return {"source": source, "images": str(len(self.digit)), "sha256": self.digest}
+        return {"source": self.source, "images": str(len(self.digit)), "sha256": self.digest}
 
 
 class Draw:

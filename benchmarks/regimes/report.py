@@ -205,7 +205,7 @@ def table(content: Mapping[str, Any]) -> str:
     return "\n".join(
         [
             "# Where does removing conflict, or balancing, beat the plain sum?\n",
-            *([QUICK] if content["config"]["quick"] else []),
+            *([QUICK] if content["config"]["preset"] == "quick" else []),
             *verdicts(rows),
             "\n## Words\n",
             WORDS,

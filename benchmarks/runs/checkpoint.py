@@ -10,7 +10,7 @@ from benchmarks.runs.results import atomic_path
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
 
-FORMAT = 4  # raise when what a benchmark stores changes
+FORMAT = 5  # raise when what a benchmark stores changes
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:

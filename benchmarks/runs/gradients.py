@@ -56,7 +56,7 @@ class Merges:
         self.weights.append(report.weights.cpu())
         self.trained.append(torch.tensor([self.names.index(name) for name in report.names]))
 
-    def stacked(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """The record. Where a combination had no sample, its row is NaN and its number -1."""
         if not self.weights:
             nothing = torch.empty(0, 0)
@@ -68,7 +68,7 @@ class Merges:
             for key, value in kept.items()
         }
 
-    def load(self, record: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, record: Mapping[str, Tensor]) -> None:
         """Continue from there."""
         for key in RECORDS:
             setattr(self, key, list(record[key]))

@@ -56,7 +56,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def remove_stale(folder: Path) -> None:
     """Delete what :func:`atomic_path` leaves in ``folder`` when its process is killed."""
     for path in folder.glob(".*-*.*"):
-        if re.fullmatch(r"[.].+-[0-9]+[.](pt|json|md|png)", path.name):
+        if re.fullmatch(r"[.].+-[0-9]+[.](pt|json|md|png|csv|safetensors)", path.name):
             path.unlink()
 
 

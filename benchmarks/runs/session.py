@@ -1,264 +1,199 @@
 """One result folder: started, interrupted, resumed, finished. Knows neither data nor models."""
 
-import argparse
+import datetime
+import io
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
-from tqdm import tqdm
+import torch
 
 from benchmarks.runs import ranks, results
 from benchmarks.runs.checkpoint import load_checkpoint, save_checkpoint
+from benchmarks.runs.command import blaming, refuse, restored
 
-__all__ = ["CHECKPOINT", "Diverged", "Session", "Training", "check_digest"]
+__all__ = ["CHECKPOINT", "Diverged", "Session", "begin", "finished", "same_data"]
 
 CHECKPOINT = "checkpoint.pt"
+
+C = TypeVar("C")
+D = TypeVar("D")
 
 
 class Diverged(RuntimeError):
     """A loss or a score is no longer a number."""
 
 
-class Training(Protocol):
-    """One model in training: a method and a seed."""
-
-    method: str
-    seed: int
-    epoch: int
-    history: list[dict[str, float | None]]  # of the epochs: what there is to tell
-
-    def train_epoch(self, progress: Any) -> None:
-        """Train and validate; adds what it did to the bar ``progress``."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that changes: tensors and plain values."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from there, bit for bit."""
-
-    def finish(self, save: Callable[[], None]) -> dict[str, Any]:
-        """Test it. Returns what is kept: tensors and plain values; among them {"result": {...}}.
-
-        ``save`` writes a checkpoint, for tests that take long.
-        """
-
-
-def _nothing(training: Any) -> None:
-    """In place of what rank 0 does alone."""
-
-
-def _told(epoch: Mapping[str, float | None]) -> str:
-    known = {name: value for name, value in epoch.items() if value is not None}
-    return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in known.items())
-
-
 class Session:
-    """All trainings of one result folder, in order, with a checkpoint after every epoch.
+    """What is kept of a run until it is finished, and where.
 
     Args:
         folder: where everything is written.
-        benchmark: whose run it is, "python -m benchmarks.NAME".
-        config: plain values: what decides the numbers.
-        command: the command line that began it.
-        environment: versions, as :func:`benchmarks.runs.results.environment` gives them.
-        digest: of the data.
+        kept: of plain values and tensors: ``benchmark``, whose run it is ("python -m
+            benchmarks.NAME"); ``config``, what decides the numbers; ``command``, the line that
+            began it; ``environment``, of :func:`benchmarks.runs.results.environment`; ``digest``,
+            of the data; ``done``, what is finished; ``current``, the state of what was cut off.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        benchmark: str,
-        config: Mapping[str, Any],
-        command: str,
-        environment: dict[str, str],
-        digest: str,
-    ) -> None:
+    def __init__(self, folder: Path, kept: dict[str, Any]) -> None:
         self.folder = folder
-        self.benchmark = benchmark
-        self.config = dict(config)
-        self.command = command
-        self.environment = environment
-        self.digest = digest
-        self.done: list[dict[str, Any]] = []  # what finish() returned, per training
-        self.current: dict[str, Any] | None = None  # state of the training that was cut off
+        self.kept = kept
 
-    @classmethod
-    def start(
-        cls,
-        parser: argparse.ArgumentParser,
-        wanted: Path,
-        config: Mapping[str, Any],
-        command: str,
-        environment: dict[str, str],
-        digest: str,
-    ) -> "Session":
-        """In ``wanted``, or beside it where that holds another run."""
-        try:
-            markers = (results.RESULTS, CHECKPOINT)
-            folder = ranks.first(lambda: results.new_folder(wanted, markers))
-        except OSError as error:
-            parser.error(f"argument --out: cannot create {wanted}: {error.strerror}")
-        if folder != wanted:
-            print(f"{wanted} holds another run; writing to {folder}", file=sys.stderr)
-        return cls(folder, parser.prog, config, command, environment, digest)
+    @property
+    def config(self) -> dict[str, Any]:
+        config: dict[str, Any] = self.kept["config"]
+        return config
 
-    @classmethod
-    def resume(
-        cls,
-        parser: argparse.ArgumentParser,
-        folder: Path,
-        given: Iterable[str],
-        environment: Mapping[str, str],
-    ) -> "Session":
-        """The interrupted one in ``folder``; ``given`` are options that cannot be changed now."""
-        options = ", ".join("--" + name.replace("_", "-") for name in given)
-        if options:
-            parser.error(
-                f"argument --resume: takes everything from {folder}; leave out {options}, "
-                "or start a new run"
-            )
-        try:
-            session = ranks.first(lambda: cls.load(folder))
-        except OSError:
-            parser.error(f"argument --resume: {folder} holds no {CHECKPOINT} of an interrupted run")
-        except ValueError as error:
-            parser.error(f"argument --resume: {error}")
-        if session.benchmark != parser.prog:
-            parser.error(f"argument --resume: {folder} holds a run of {session.benchmark}")
-        began, now = (int(some.get("ranks", 1)) for some in (session.environment, environment))
-        if began != now:
-            parser.error(
-                f"argument --resume: the run began on {began} rank{'s' * (began > 1)}, this is "
-                f"{now}; only the same number can continue it"
-            )
-        for name, version in environment.items():
-            if session.environment.get(name) != version:
-                print(
-                    f"warning: the run began with {name} {session.environment.get(name)}, this is "
-                    f"{version}: the numbers may differ from those of an uninterrupted run",
-                    file=sys.stderr,
-                )
-        return session
+    @property
+    def done(self) -> list[dict[str, Any]]:
+        done: list[dict[str, Any]] = self.kept["done"]
+        return done
 
-    @classmethod
-    def load(cls, folder: Path) -> "Session":
-        """Raises OSError, ValueError as :func:`load_checkpoint`."""
-        results.remove_stale(folder)  # of a run that was killed while it wrote
-        content = load_checkpoint(folder / CHECKPOINT)
-        if "benchmark" not in content:
-            raise ValueError(f"{folder / CHECKPOINT}: not a checkpoint of a run; start again")
-        session = cls(
-            folder,
-            content["benchmark"],
-            content["config"],
-            content["command"],
-            content["environment"],
-            content["digest"],
-        )
-        session.done, session.current = content["done"], content["current"]
-        return session
+    def save(self, current: dict[str, Any] | None = None) -> None:
+        """Keep ``done``, and the state ``current`` of what is under way."""
+        self.kept["current"] = current
+        ranks.first(lambda: save_checkpoint(self.folder / CHECKPOINT, self.kept))
 
-    def save(self) -> None:
-        if ranks.rank() > 0:
-            return
-        content = {
-            "benchmark": self.benchmark,
-            "config": self.config,
-            "command": self.command,
-            "environment": self.environment,
-            "digest": self.digest,
-            "done": self.done,
-            "current": self.current,
-        }
-        save_checkpoint(self.folder / CHECKPOINT, content)
-
-    def _save(self, training: Training) -> None:
-        self.current = training.state_dict()  # asks all ranks
-        self.save()
-
-    def train(
+    def carry_out(
         self,
-        plan: Sequence[tuple[str, int]],
-        begin: Callable[[str, int], Training],
-        *,
-        epochs: int,
-        epoch_length: int,
-        unit: str,
-        line: Callable[[Mapping[str, Any]], str],
-        saved: Callable[[Any], None] = _nothing,
-    ) -> None:
-        """Run what is left of ``plan``.
+        work: Callable[[], str],
+        afterwards: Callable[[], None] = lambda: None,
+        options: Sequence[str] = (),
+    ) -> int:
+        """Print the table that ``work`` returns when it has written all; the exit code.
 
         Args:
-            plan: (method, seed) in order.
-            begin: makes the training of a method and a seed.
-            epochs: of each training.
-            epoch_length: what a training adds to the progress bar per epoch.
-            unit: of that.
-            line: what to say of a finished training's result.
-            saved: called on rank 0 with the training after each checkpoint.
-
-        Raises:
-            Diverged: of a training, saying which one and where.
+            work: raises :class:`Diverged` where there is nothing to hope for.
+            afterwards: what follows, without which the run is finished, too.
+            options: to be given anew when the run is continued.
         """
-        if ranks.rank() > 0:
-            saved = _nothing
-        before = len(self.done) * epochs + (self.current["epoch"] if self.current else 0)
-        with tqdm(
-            total=len(plan) * epochs * epoch_length,
-            initial=before * epoch_length,
-            disable=not sys.stderr.isatty(),
-            unit=unit,
-        ) as progress:
-            for number, (method, seed) in enumerate(plan[len(self.done) :], len(self.done) + 1):
-                progress.set_description(f"{method}, seed {seed}")
-                name = f"[{number}/{len(plan)}] {method}, seed {seed}"
-                if progress.disable:  # a log file: say at least what takes so long
-                    print(name, file=sys.stderr)
-                training = begin(method, seed)
-                if self.current is not None:
-                    training.load_state_dict(self.current)
-                    saved(training)  # the kill may have come before
-                    said = f"{name}: continues after epoch {training.epoch} of {epochs}"
-                    progress.write(said, file=sys.stderr)
-                epoch = training.epoch
-                try:
-                    while training.epoch < epochs:
-                        epoch = training.epoch + 1
-                        training.train_epoch(progress)
-                        self._save(training)
-                        saved(training)
-                        if progress.disable:
-                            said = f"{name}, epoch {epoch}/{epochs}: {_told(training.history[-1])}"
-                            print(said, file=sys.stderr)
-                    kept = training.finish(partial(self._save, training))
-                except Diverged as error:
-                    where = f"{method}, seed {seed}, epoch {epoch}"
-                    raise Diverged(f"{where}: {error}; try a lower --lr") from None
-                self.done.append(kept)
-                self.current = None
-                self.save()
-                said = f"[{number}/{len(plan)}] {line(kept['result'])}"
-                progress.write(said, file=sys.stderr)
-
-    def how_to_continue(self, *options: str) -> str:
-        """The command that resumes, with ``options`` that are given anew."""
-        module = self.benchmark.split()[1:]
-        started = ranks.command(sys.executable)
-        return shlex.join([*started, *module, "--resume", str(self.folder), *options])
-
-    def close(self) -> None:
-        """Everything is written: the checkpoint is not needed any more."""
-        ranks.first((self.folder / CHECKPOINT).unlink)
+        benchmark = self.kept["benchmark"]
+        try:
+            self.save(self.kept["current"])  # from here on a kill loses at most an epoch
+            table = work()
+            ranks.first((self.folder / CHECKPOINT).unlink)
+            afterwards()
+        except KeyboardInterrupt:
+            started = [*ranks.command(sys.executable), *benchmark.split()[1:]]
+            again = shlex.join([*started, "--resume", str(self.folder), *options])
+            print(f"\ninterrupted; to continue:\n  {again}", file=sys.stderr)
+            return 130
+        except Diverged as error:
+            print(f"{benchmark.split('-m ')[1]}: {error}; try a lower --lr", file=sys.stderr)
+            return 1
+        show(table)
+        print(f"written to {self.folder}")
+        return 0
 
 
-def check_digest(parser: argparse.ArgumentParser, source: str, found: str, expected: str) -> None:
-    """End the program where the data in ``source`` are not those that the run began with."""
-    if found != expected:
-        parser.error(
-            f"argument --resume: the data has changed since the run began: {source} has SHA-256 "
-            f"{found}, the run says {expected}; put the old data back"
+def show(table: str) -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an ASCII terminal has no plus-minus sign
+    print(table)
+
+
+def finished(where: Any, given: Sequence[str]) -> bool:
+    """Whether there is nothing to resume: the folder's table is shown."""
+    folder = where.resume
+    if folder is None or given or not (folder / results.RESULTS).exists():
+        return False
+    show(f"{folder} is already finished:\n\n{(folder / results.TABLE).read_text('utf-8')}")
+    return True
+
+
+def begin(
+    prog: str,
+    arguments: Sequence[str],
+    config: C,
+    given: Sequence[str],
+    where: Any,
+    load: Callable[[C], D],
+    packages: Sequence[str],
+) -> tuple[Session, C, D]:
+    """A new session, or the one to resume; with its configuration and data.
+
+    Args:
+        prog, config, given, where: of :func:`benchmarks.runs.command.parse`, from ``arguments``.
+        load: the data, with ``source`` and ``digest``.
+        packages: whose versions are kept.
+    """
+    environment = results.environment(packages)
+    if where.resume is not None:
+        session = _resume(prog, where.resume, given, environment)
+        with blaming("--resume"):
+            config = restored(type(config), session.config)
+        data = _loaded(config, load)
+        same_data(data, session.kept["digest"])
+        return session, config, data
+    data = _loaded(config, load)
+    name = prog.rpartition(".")[2]
+    wanted = where.out or Path("results") / f"{name}-{datetime.date.today()}"
+    with blaming("--out"):
+        markers = (results.RESULTS, CHECKPOINT)
+        folder = ranks.first(lambda: results.new_folder(wanted, markers))
+    if folder != wanted:
+        print(f"{wanted} holds another run; writing to {folder}", file=sys.stderr)
+    kept = {
+        "benchmark": prog,
+        "config": asdict(config),  # type: ignore[call-overload]
+        "command": shlex.join([*ranks.command("python"), *prog.split()[1:], *arguments]),
+        "environment": environment,
+        "digest": data.digest,  # type: ignore[attr-defined]
+        "done": [],
+        "current": None,
+    }
+    return Session(folder, kept), config, data
+
+
+def _loaded(config: Any, load: Callable[[Any], D]) -> D:
+    torch.set_num_threads(config.threads)  # sums depend on how they are split
+    return load(config)
+
+
+def _resume(prog: str, folder: Path, given: Sequence[str], environment: dict[str, str]) -> Session:
+    if given:
+        refuse(
+            "--resume",
+            f"takes everything from {folder}; leave out {', '.join(given)}, or start a new run",
+        )
+    if not (folder / CHECKPOINT).exists():
+        refuse("--resume", f"{folder} holds no {CHECKPOINT} of an interrupted run")
+    with blaming("--resume"):
+        kept = ranks.first(lambda: _load(folder))
+        if "benchmark" not in kept:
+            raise ValueError(f"{folder / CHECKPOINT}: not a checkpoint of a run; start again")
+        if kept["benchmark"] != prog:
+            raise ValueError(f"{folder} holds a run of {kept['benchmark']}")
+        before = kept["environment"]
+        began, now = (int(some.get("ranks", 1)) for some in (before, environment))
+        if began != now:
+            raise ValueError(
+                f"the run began on {began} rank{'s' * (began > 1)}, this is {now}; only the same "
+                "number can continue it"
+            )
+    for name, version in environment.items():
+        if before.get(name) != version:
+            print(
+                f"warning: the run began with {name} {before.get(name)}, this is {version}: the "
+                "numbers may differ from those of an uninterrupted run",
+                file=sys.stderr,
+            )
+    return Session(folder, kept)
+
+
+def _load(folder: Path) -> dict[str, Any]:
+    results.remove_stale(folder)  # of a run that was killed while it wrote
+    return load_checkpoint(folder / CHECKPOINT)
+
+
+def same_data(data: Any, expected: str) -> None:
+    """Refuse to go on with other data than those that the run began with."""
+    if data.digest != expected:
+        refuse(
+            "--resume",
+            f"the data has changed since the run began: {data.source} has SHA-256 {data.digest}, "
+            f"the run says {expected}; put the old data back",
         )

@@ -1,11 +1,9 @@
-"""One model in training, and its scores: a method and a seed."""
+"""The transformer in training on one split, and its scores on the others."""
 
-import copy
-import math
-import time
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,81 +11,109 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.runs import ranks
-from benchmarks.runs.gradients import Merges
-from benchmarks.runs.methods import METHODS, sampler_of
+from benchmarks.runs import ranks, training
+from benchmarks.runs.command import (
+    Compared,
+    File,
+    Fraction,
+    Machine,
+    Optimised,
+    Positive,
+    checked,
+)
 from benchmarks.runs.session import Diverged
-from benchmarks.sentiment.data import (
-    MODALITIES,
-    SentimentData,
-    Split,
-    draw_available,
-)
-from benchmarks.sentiment.report import (
-    COMBINATIONS,
-    NAMES,
-    metrics,
-    summarise,
-)
-from gradsplit import LossBalance, ModalityDecoupledOptimizer
+from benchmarks.runs.training import Losses
+from benchmarks.sentiment.data import MODALITIES, SentimentData, Split, draw_available
+from benchmarks.sentiment.report import COMBINATIONS, NAMES, metrics, summarise
 from reference_models.sentiment_transformer import SentimentTransformer, SentimentTransformerConfig
 
-Array = npt.NDArray[np.float64]
+__all__ = ["PRESETS", "Config", "Training", "evaluate", "mean_error", "predict"]
+
 Combination = tuple[str, ...]
-
-__all__ = [
-    "Config",
-    "EVALUATION_BATCH",
-    "LOSSES",
-    "OPTIMIZERS",
-    "Training",
-    "evaluate",
-    "having",
-    "mean_error",
-    "predict",
-]
-
-
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adamw": torch.optim.AdamW,
-    "adam": torch.optim.Adam,
-    "sgd": torch.optim.SGD,
-}
-
-
-LOSSES = {"l1": F.l1_loss, "mse": F.mse_loss}
-
+Array = npt.NDArray[np.float64]
 
 EVALUATION_BATCH = 64
 
 
-@dataclass(frozen=True)
-class Config:
-    """Everything that decides the numbers, with the defaults."""
+# --- configuration -------------------------------------------------------------------------------
 
-    data: str | None = None
-    max_frames: int = 50
-    missing: dict[str, float] = field(default_factory=dict)
-    methods: tuple[str, ...] = ("full", "sum", "gmd", "pcgrad")
-    combinations: str = "all"
-    seeds: int = 3
-    first_seed: int = 0
-    epochs: int = 20
-    batch_size: int = 32
-    loss: str = "l1"
-    optimizer: str = "adamw"
-    lr: float = 1e-3
-    weight_decay: float = 0.01
-    clip_norm: float | None = None
-    width: int = 32
-    depth: int = 2
-    heads: int = 4
-    dropout: float = 0.1
-    threads: int = 1
 
-    @property
-    def all_seeds(self) -> range:
-        return range(self.first_seed, self.first_seed + self.seeds)
+def _rates(text: str) -> dict[str, float]:
+    rates: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, rate = part.partition("=")
+        if name not in MODALITIES or name in rates:
+            known = ", ".join(MODALITIES)
+            raise ValueError(f"{text!r}: expected NAME=RATE once for some of {known}")
+        rates[name] = float(rate)
+        if not 0 <= rates[name] < 1:
+            raise ValueError(f"must be from 0 to below 1, got {rate!r}")
+    return rates
+
+
+def _shown(rates: dict[str, float]) -> str:
+    return ",".join(f"{name}={rate}" for name, rate in rates.items()) or "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What it is trained on."""
+
+    data: File = None
+    """pickle in MMSA's layout, aligned or not; without it, synthetic data"""
+    max_frames: Positive = 50
+    """longer sequences are averaged down to so many frames"""
+    missing: Annotated[dict[str, float], checked(_rates, "NAME=RATE,...", "RATES", _shown)] = field(
+        default_factory=dict
+    )
+    """missing rates in train and valid, per sample: text=0.2,audio=0.4,vision=0.6"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """The transformer."""
+
+    width: Positive = 32
+    """of the backbone"""
+    depth: Positive = 2
+    """transformer blocks"""
+    heads: Positive = 4
+    """attention heads"""
+    dropout: Fraction = 0.1
+    """probability"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Data, Compared, Optimised, Network, Machine):
+    """Everything that decides the numbers."""
+
+    preset: Literal["quick", "study"]
+
+
+QUICK = Config(
+    preset="quick",
+    methods=("full", "sum", "gmd", "pcgrad"),
+    combinations="all",
+    seeds=3,
+    epochs=20,
+    batch_size=32,
+    lr=1e-3,
+    weight_decay=0.01,
+    threads=1,  # more only help larger models
+)
+PRESETS = {
+    "quick": QUICK,
+    "study": dataclasses.replace(
+        QUICK,
+        preset="study",
+        methods=("full", "sum", "gmd", "gmd-all", "pcgrad", "balance", "balance+gmd-all"),
+        seeds=30,
+        first_seed=100,
+    ),
+}
+
+
+# --- evaluation ----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -97,10 +123,11 @@ def predict(model: SentimentTransformer, split: Split) -> Array:
     Where a sample lacks a modality of the combination, see :func:`having`, they mean nothing.
     """
     model.eval()
+    device = next(model.parameters()).device
 
     def scores(index: Tensor) -> Tensor:
-        inputs, _ = split.batch(index)
-        return torch.stack(model(inputs, combinations=COMBINATIONS))  # (7, B)
+        inputs, _ = _on(device, split.batch(index))
+        return torch.stack(model(inputs, combinations=COMBINATIONS)).cpu()  # (7, B)
 
     batches = torch.split(torch.arange(len(split)), EVALUATION_BATCH)
     joined = torch.cat(ranks.divided(scores, batches), dim=1).double()
@@ -135,33 +162,34 @@ def having(available: Tensor) -> Tensor:
     return torch.stack([available[:, place].all(1) for place in places])
 
 
-class Training:
-    """One model in training: a method and a seed. All that changes is in ``state_dict``."""
+def _on(device: torch.device, batch: Any) -> Any:
+    """``batch``, tensors within mappings and tuples, on another device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, tuple):
+        return tuple(_on(device, part) for part in batch)
+    return {name: _on(device, part) for name, part in batch.items()}
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+class Training(training.Training[SentimentTransformer]):
+    """A transformer, and the mean absolute error of each combination over its samples."""
+
+    SCORE, SIGN = "valid_mae", -1
 
     def __init__(self, config: Config, data: SentimentData, method: str, seed: int) -> None:
-        self.config = config
-        self.data = data
-        self.method = method
-        self.seed = seed
-        self.epoch = 0
-        self.seconds = 0.0
-        self.history: list[dict[str, float | None]] = []
-        self.merges = Merges(NAMES)
         torch.manual_seed(seed)  # the weights first, then dropout: the same for every method
         sizes = {"width": config.width, "depth": config.depth, "heads": config.heads}
-        self.model = SentimentTransformer(
+        model = SentimentTransformer(
             SentimentTransformerConfig(dims=data.dims, dropout=config.dropout, **sizes)
+        ).to(config.device)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=config.lr, weight_decay=config.weight_decay
         )
-        self.optimizer = ModalityDecoupledOptimizer(
-            OPTIMIZERS[config.optimizer](
-                self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay
-            ),
-            rule=METHODS[method].rule,
-            scope=METHODS[method].scope or "shared",
-            seed=seed,
-            process_group=ranks.group(),
-        )
-        self.balance = LossBalance() if METHODS[method].balanced else None
+        super().__init__(config, method, seed, model, optimizer, COMBINATIONS)
+        self.splits = data.splits
         drawing = torch.Generator().manual_seed(seed)
         self.has = {
             name: having(draw_available(data.splits[name].available, config.missing, drawing))
@@ -169,120 +197,44 @@ class Training:
         }
         if ranks.rank() > 0:  # other samples, other dropout
             torch.manual_seed(seed + 1_000_003 * ranks.rank())
-        self.sampler = sampler_of(method, config.combinations, MODALITIES, seed)
-        self.best_epoch = 0
-        self.best_mae = math.inf
-        self.best_model = copy.deepcopy(self.model.state_dict())
 
-    def train_epoch(self, progress: Any) -> None:
-        """One pass over train, then validation, which decides whether to keep the weights."""
-        started = time.perf_counter()
-        train = self.data.splits["train"]
+    def windows(self) -> Iterator[tuple[int, list[Tensor]]]:
+        """Indices into train, as many as a step takes."""
         # From seed and epoch alone, so that neither dropout nor the method changes the batches.
         order = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        losses = []
-        self.model.train()
-        shuffled = torch.randperm(len(train), generator=order)
+        shuffled = torch.randperm(len(self.splits["train"]), generator=order)
         for index in torch.split(shuffled, self.config.batch_size):
-            loss = self._step(train, index)
-            losses += [] if loss is None else [loss]
-            report = self.optimizer.last
-            if losses and report is not None and not progress.disable:
-                conflicts = f"{report.conflict_rate():.0%}"
-                progress.set_postfix(loss=f"{losses[-1]:.3f}", conflicts=conflicts, refresh=False)
-            progress.update()
-        valid_mae = mean_error(self.model, self.data.splits["valid"], self.has["valid"])
-        self.epoch += 1
-        if valid_mae < self.best_mae:
-            self.best_mae, self.best_epoch = valid_mae, self.epoch
-            self.best_model = copy.deepcopy(self.model.state_dict())
-        train_loss = math.fsum(losses) / len(losses) if losses else None
-        self.history.append({"train_loss": train_loss, "valid_mae": valid_mae})
-        self.seconds += time.perf_counter() - started
+            yield len(index), [index]
 
-    def _step(self, train: Split, index: Tensor) -> float | None:
-        """One step over the utterances ``index`` of ``train``; the mean loss.
-
-        None where none of them has any of the combinations drawn: there is nothing to learn.
-        """
-        combinations = self.sampler()
-        losses: dict[str | Combination, Tensor | None] = dict.fromkeys(combinations)
+    def _having(self, index: Tensor, combinations: Sequence[Combination]) -> Tensor:
+        """(C, B) bool, of all ranks."""
         drawn = [NAMES.index("+".join(combination)) for combination in combinations]
-        has = self.has["train"][drawn][:, index]  # (C, B), of all ranks
-        if not has.any():
-            return None
-        own = ranks.share(index)
-        if len(own) > 0:
-            inputs, labels = train.batch(own)
-            scores = self.model(inputs, combinations=combinations)  # C of (B,)
-            loss = LOSSES[self.config.loss]
-            for combination, score, rows in zip(combinations, scores, has, strict=True):
-                counts = [int(rows[rank :: ranks.count()].sum()) for rank in range(ranks.count())]
-                if (count := counts[ranks.rank()]) > 0:
-                    mine = ranks.share(rows)
-                    # The mean over the ranks that have a sample is then that over all samples.
-                    weight = count * sum(n > 0 for n in counts) / sum(counts)
-                    losses[combination] = weight * loss(score[mine], labels[mine])
-        if self.balance is not None:
-            losses = self.balance(losses)
-        self.optimizer.zero_grad()
-        report = self.optimizer.backward(losses)
-        if self.config.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
-        self.optimizer.step()
-        if self.balance is not None:
-            self.balance.update(report)
-        self.merges.add(report)
-        mean = float(report.losses.mean())
-        if not math.isfinite(mean):
-            raise Diverged("the loss is not a finite number")
-        return mean
+        return self.has["train"][drawn][:, index]
 
-    def result(self) -> dict[str, Any]:
-        """For the result file; loads the best epoch's weights."""
+    def possible(self, batch: Tensor, combinations: Sequence[Combination]) -> bool:
+        return bool(self._having(batch, combinations).any())
+
+    def losses(self, batch: Tensor, combinations: Sequence[Combination]) -> Losses:
+        losses: Losses = dict.fromkeys(combinations)
+        own = ranks.share(batch)
+        if len(own) == 0:
+            return losses
+        inputs, labels = _on(self.device, self.splits["train"].batch(own))
+        scores = self.model(inputs, combinations=combinations)  # C of (B,)
+        having = self._having(batch, combinations)
+        for combination, score, rows in zip(combinations, scores, having, strict=True):
+            counts = [int(rows[rank :: ranks.count()].sum()) for rank in range(ranks.count())]
+            if (count := counts[ranks.rank()]) > 0:
+                mine = ranks.share(rows).to(self.device)
+                # The mean over the ranks that have a sample is then that over all samples.
+                weight = count * sum(n > 0 for n in counts) / sum(counts)
+                losses[combination] = weight * F.l1_loss(score[mine], labels[mine])
+        return losses
+
+    def validate(self, epoch: int) -> float:
+        return mean_error(self.model, self.splits["valid"], self.has["valid"])
+
+    def test(self, save: Callable[[], None]) -> dict[str, Any]:
         self.model.load_state_dict(self.best_model)
-        test = evaluate(self.model, self.data.splits["test"])
-        return {
-            "method": self.method,
-            "seed": self.seed,
-            "best_epoch": self.best_epoch,
-            "valid_mae": self.best_mae,
-            "test": test,
-            "summary": summarise(test),
-            "history": self.history,
-            "seconds": round(self.seconds, 1),
-        }
-
-    def finish(self, save: Callable[[], None]) -> dict[str, Any]:
-        return {"result": self.result(), "records": self.merges.stacked()}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "method": self.method,
-            "seed": self.seed,
-            "epoch": self.epoch,
-            "seconds": self.seconds,
-            "history": self.history,
-            "records": self.merges.stacked(),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "sampler": self.sampler.state_dict(),
-            "balance": None if self.balance is None else self.balance.state_dict(),
-            "best": {"epoch": self.best_epoch, "mae": self.best_mae, "model": self.best_model},
-            "random": ranks.each(torch.get_rng_state()),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.epoch = state["epoch"]
-        self.seconds = state["seconds"]
-        self.history = state["history"]
-        self.merges.load(state["records"])
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.sampler.load_state_dict(state["sampler"])
-        if self.balance is not None:
-            self.balance.load_state_dict(state["balance"])
-        self.best_epoch = state["best"]["epoch"]
-        self.best_mae = state["best"]["mae"]
-        self.best_model = state["best"]["model"]
-        torch.set_rng_state(ranks.own(state["random"]))
+        test = evaluate(self.model, self.splits["test"])
+        return {"result": {"test": test, "summary": summarise(test)}}
