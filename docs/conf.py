@@ -1,0 +1,72 @@
+"""Sphinx's configuration. Build: python -m sphinx -W --keep-going -b html docs docs/_build/html"""
+
+import sys
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+here = Path(__file__).parent
+sys.path[:0] = [str(here), str(here.parent)]  # pages.py; the checkout that is documented
+
+import pages  # noqa: E402
+
+import gradsplit  # noqa: E402
+
+project = "gradsplit"
+author = "the gradsplit developers"
+release = version = gradsplit.__version__
+extensions = [
+    "matplotlib.sphinxext.plot_directive",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.intersphinx",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",  # linkcode once there is a public repository to link to
+]
+exclude_patterns = ["_build", "generated/messages.rst"]
+
+autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_typehints = "none"  # the docstrings say it in words, and shorter
+napoleon_numpy_docstring = False
+
+# A name of ours that leads nowhere is an error; other projects' names need their inventories.
+nitpicky = True
+nitpick_ignore_regex = [("py:.*", r"(?!gradsplit).*")]
+
+
+def _reachable(inventories: dict[str, str]) -> dict[str, tuple[str, None]]:
+    """Those that can be fetched now: a build without a network must not fail for its links."""
+    found = {}
+    for name, url in inventories.items():
+        try:
+            urlopen(f"{url}objects.inv", timeout=5).close()
+        except (URLError, TimeoutError) as error:
+            print(f"no links to the documentation of {name}: {url} cannot be reached ({error})")
+        else:
+            found[name] = (url, None)
+    return found
+
+
+intersphinx_mapping = _reachable(
+    {
+        "python": "https://docs.python.org/3/",
+        "torch": "https://docs.pytorch.org/docs/stable/",
+    }
+)
+
+plot_formats = ["svg"]
+plot_html_show_formats = plot_html_show_source_link = False
+plot_rcparams = {
+    "figure.constrained_layout.use": True,
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+plot_apply_rcparams = True
+
+html_theme = "furo"
+html_title = f"gradsplit {release}"
+html_static_path = ["_static"]
+html_css_files = ["figures.css"]
+
+pages.write(here)
