@@ -23,7 +23,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",  # linkcode once there is a public repository to link to
 ]
-exclude_patterns = ["_build", "generated/messages.rst"]
+exclude_patterns = ["_build", "generated/*.rst"]
 
 autodoc_default_options = {"members": True, "show-inheritance": True}
 autodoc_typehints = "none"  # the docstrings say it in words, and shorter

@@ -1,4 +1,4 @@
-"""Writes the pages that the source tells: recipes, messages, and one per public name."""
+"""Writes what the source tells: recipes, messages, presets, and a page for each public name."""
 
 import ast
 import re
@@ -21,6 +21,7 @@ def write(docs: Path) -> None:
         **{f"recipes/{path.stem}.rst": _recipe(path) for path in _recipes(docs)},
         **{f"api/{name}.rst": _api(name) for name in _public()},
         "messages.rst": "\n".join(_messages(docs.parent / "gradsplit")),
+        "presets.rst": "\n\n".join(_presets(docs.parent / "benchmarks")),
     }
     generated = docs / "generated"
     for path in generated.rglob("*.rst"):
@@ -79,6 +80,14 @@ def _api(name: str) -> str:
 
 def _title(text: str) -> list[str]:
     return [text, "=" * len(text), ""]
+
+
+def _presets(benchmarks: Path) -> Iterator[str]:
+    """What the BraTS benchmark says of its presets; the source is read, for it imports MONAI."""
+    for path in sorted(benchmarks.rglob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and node.name in ("paper", "released"):
+                yield f"**{node.name}**. {ast.get_docstring(node)}"
 
 
 def _messages(package: Path) -> Iterator[str]:
