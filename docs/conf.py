@@ -5,6 +5,9 @@ from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
+
 here = Path(__file__).parent
 sys.path[:0] = [str(here), str(here.parent)]  # pages.py; the checkout that is documented
 
@@ -19,13 +22,12 @@ extensions = [
     "matplotlib.sphinxext.plot_directive",
     "sphinx.ext.autodoc",
     "sphinx.ext.intersphinx",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",  # linkcode once there is a public repository to link to
 ]
 exclude_patterns = ["_build", "generated/*.rst"]
 
-autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_default_options = {"members": True}
 autodoc_typehints = "none"  # the docstrings say it in words, and shorter
 napoleon_numpy_docstring = False
 
@@ -65,8 +67,25 @@ plot_rcparams = {
 plot_apply_rcparams = True
 
 html_theme = "furo"
+html_show_copyright = False
+html_math_renderer = "mathml"
 html_title = f"gradsplit {release}"
 html_static_path = ["_static"]
-html_css_files = ["figures.css"]
+html_css_files = ["site.css"]
 
 pages.write(here)
+
+
+def setup(app):
+    """MathML, which browsers show by themselves: MathJax would be fetched by every reader."""
+
+    def inline(translator, node):
+        translator.body.append(tex2mathml(node.astext()))
+        raise nodes.SkipNode
+
+    def block(translator, node):
+        formula = tex2mathml(node.astext(), as_block=True)
+        translator.body.append(f'<div class="formula">{formula}</div>')
+        raise nodes.SkipNode
+
+    app.add_html_math_renderer("mathml", (inline, None), (block, None))

@@ -19,21 +19,21 @@ def projection() -> None:
     """Two rows that conflict, their plain sum, and what gmd makes of them."""
     text, audio = torch.tensor([4.0, 0.0]), torch.tensor([-1.0, 1.0])
     weights = rules.gmd(torch.stack([text, audio]) @ torch.stack([text, audio]).T)
-    _, axes = plt.subplots(figsize=(WIDTH, 3.9))
+    _, axes = plt.subplots(figsize=(WIDTH, 3.4))
     _arrow(axes, text, "0.0", "$g_{text}$ = (4, 0)", (-38, -17))
-    _arrow(axes, audio, "0.0", "$g_{audio}$ = (−1, 1)", (-4, 8))
-    _arrow(axes, text + audio, COLORS["sum"], "sum (3, 1)", (2, 6))
+    _arrow(axes, audio, "0.0", "$g_{audio}$ = (−1, 1)", (-16, 8))
+    _arrow(axes, text + audio, COLORS["sum"], "sum (3, 1)", (36, 0))
     merged = weights[0] * text + weights[1] * audio
     _arrow(axes, merged, COLORS["gmd"], "gmd (2, 3)", (0, 6))
     for row, left in ((text, (2, 2)), (audio, (0, 1))):
         axes.plot(*zip(row.tolist(), left, strict=True), ":", color="tab:blue")
         axes.annotate("", left, (0, 0), arrowprops={"arrowstyle": "->", "color": "tab:blue"})
     # Whatever lies on the far side of this line raises audio's loss to first order.
-    side = torch.tensor([[-0.9, -0.9], [4.2, 4.2]])
+    side = torch.tensor([[-0.9, -0.9], [4.6, 4.6]])
     axes.plot(*side.T, color="tab:red", lw=1)
-    axes.fill([-0.9, 4.2, 4.6, -0.9], [-0.9, 4.2, -0.9, -0.9], color="tab:red", alpha=0.08, lw=0)
+    axes.fill([-0.9, 4.6, 4.6], [-0.9, 4.6, -0.9], color="tab:red", alpha=0.08, lw=0)
     axes.text(4.45, -0.75, "raises audio", color="tab:red", ha="right")
-    axes.set(xlim=(-1.7, 4.6), ylim=(-0.9, 3.6), aspect="equal")
+    axes.set(xlim=(-2.3, 4.6), ylim=(-0.9, 3.6), aspect="equal", yticks=range(4))
 
 
 def _arrow(axes: plt.Axes, to: Tensor, color: str, label: str, shift: tuple[int, int]) -> None:
@@ -138,7 +138,7 @@ def _compare(
     top.plot(*start, "o", color="black", label="start")
     top.set(xlim=(-2.4, 2.4), ylim=(-0.6, 2.2), aspect="equal", xticks=[], yticks=[])
     top.legend(loc="upper right", frameon=False)
-    bottom.set(xlabel="step", ylabel="loss", yscale="symlog")
+    bottom.set(xlabel="step", ylabel="loss", yscale="log", ylim=(0.02, 30), yticks=(0.1, 1, 10))
     bottom.legend(frameon=False, ncols=2, fontsize=9)
 
 

@@ -49,20 +49,20 @@ def _text(node: ast.AST) -> str:
 # What to do where a message does not say it, by a piece of it.
 ADVICE = {
     "does not depend on any parameter of this": (
-        "Give the optimizer the parameters that the loss uses, or leave the loss out while they are "
-        "frozen."
+        "Give the optimizer the parameters that the loss uses, or leave the loss out while "
+        "they are frozen."
     ),
     "in the closure of": "The exception above it is your closure's own.",
     "must be real": "Take its real part, or its magnitude.",
     "requires no grad": "For a modality that is missing give ``None``, not a constant.",
     "ranks differ in": (
-        "Give all ranks the same names in one order, ``None`` where a rank's batch lacks it, and the "
-        "same options: :doc:`distributed`."
+        "Give all ranks the same names in one order, ``None`` where a batch lacks it, and the same "
+        "options: :doc:`distributed`."
     ),
-    "as another rank has failed": "The cause is what it quotes; the whole of it is in that rank's log.",
+    "as another rank has failed": "The cause is what it quotes; that rank's log has all of it.",
     "this rank is not in it": "Make the optimizer on the group's ranks only.",
     "this DistributedDataParallel cannot be used": (
-        "One of the four reasons above follows the colon; :doc:`distributed` says what to use instead."
+        "One of the four reasons above follows; :doc:`distributed` says what to use instead."
     ),
     "features: no modality is available": "Skip this batch, or give its loss as ``None``.",
     "features must have one shape": "Let each encoder end in one width before the fusion.",

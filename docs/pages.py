@@ -73,8 +73,11 @@ def _api(name: str) -> str:
     if isinstance(thing, ModuleType):
         inner = [f"   {name}.{inner}" for inner in thing.__all__]
         lines = [f".. automodule:: {full}", "   :no-members:", "", ".. toctree::", "", *inner]
+    elif isinstance(thing, type):
+        lines = [f".. autoclass:: {full}"]
+        lines += ["   :show-inheritance:"] if thing.__base__ is not object else []
     else:
-        lines = [f".. auto{'class' if isinstance(thing, type) else 'function'}:: {full}"]
+        lines = [f".. autofunction:: {full}"]
     return "\n".join([*_title(name), *lines, ""])
 
 
