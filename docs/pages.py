@@ -100,7 +100,7 @@ def _messages(package: Path) -> Iterator[str]:
         found = messages(path.read_text())
         if not found:
             continue
-        yield from [f"gradsplit/{path.name}", "-" * len(f"gradsplit/{path.name}"), ""]
+        yield from [path.name, "-" * len(path.name), ""]
         for message in found:
             kind = f"``{message.kind}`` in " if message.kind else ""
             yield from [re.sub(r"([\\*`_|])", r"\\\1", message.text)]
