@@ -2,7 +2,6 @@
 
 import sys
 from pathlib import Path
-from urllib.error import URLError
 from urllib.request import urlopen
 
 from docutils import nodes
@@ -27,7 +26,7 @@ extensions = [
 ]
 exclude_patterns = ["_build", "generated/*.rst"]
 
-autodoc_default_options = {"members": True}
+autodoc_default_options = {"members": True, "special-members": "__call__"}
 autodoc_typehints = "none"  # the docstrings say it in words, and shorter
 napoleon_numpy_docstring = False
 
@@ -42,7 +41,7 @@ def _reachable(inventories: dict[str, str]) -> dict[str, tuple[str, None]]:
     for name, url in inventories.items():
         try:
             urlopen(f"{url}objects.inv", timeout=5).close()
-        except (URLError, TimeoutError) as error:
+        except OSError as error:
             print(f"no links to the documentation of {name}: {url} cannot be reached ({error})")
         else:
             found[name] = (url, None)

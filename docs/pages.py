@@ -12,7 +12,14 @@ from messages import ADVICE, messages
 import gradsplit
 
 # What a recipe does for gradsplit; "# gradsplit" marks other lines.
-_OURS = ("ModalityDecoupledOptimizer(", "opt.joint", "opt.backward", "# gradsplit")
+_OURS = (
+    "ModalityDecoupledOptimizer(",
+    ".joint(",
+    "opt.backward(",
+    "opt.accumulate(",
+    "opt.step(losses",
+    "# gradsplit",
+)
 
 
 def write(docs: Path) -> None:
@@ -41,6 +48,8 @@ def _recipes(docs: Path) -> list[Path]:
 def _recipe(path: Path) -> str:
     """The docstring as text, the program below it, with what it does for gradsplit emphasised."""
     source = path.read_text()
+    text = ast.get_docstring(ast.parse(source))
+    title = re.split(r": |\.$", text.splitlines()[0])[0]
     lines = source.splitlines()
     docstring = ast.parse(source).body[0]
     start = docstring.end_lineno + 2  # past the blank line after it
@@ -48,8 +57,8 @@ def _recipe(path: Path) -> str:
     emphasised = ",".join(str(n - start + 1) for n in ours)
     return "\n".join(
         [
-            *_title(path.stem.replace("_", " ").capitalize()),
-            ast.get_docstring(ast.parse(source)),
+            *_title(title),
+            text,
             "",
             f".. literalinclude:: /recipes/{path.name}",
             f"   :caption: docs/recipes/{path.name}",
@@ -71,8 +80,8 @@ def _public() -> Iterator[str]:
 def _api(name: str) -> str:
     thing, full = attrgetter(name)(gradsplit), f"gradsplit.{name}"
     if isinstance(thing, ModuleType):
-        inner = [f"   {name}.{inner}" for inner in thing.__all__]
-        lines = [f".. automodule:: {full}", "   :no-members:", "", ".. toctree::", "", *inner]
+        inner = [f"- :doc:`{name}.{inner}`" for inner in thing.__all__]
+        lines = [f".. automodule:: {full}", "   :no-members:", "", *inner]
     elif isinstance(thing, type):
         lines = [f".. autoclass:: {full}"]
         lines += ["   :show-inheritance:"] if thing.__base__ is not object else []
