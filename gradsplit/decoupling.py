@@ -71,7 +71,7 @@ class Decoupling:
         return norms / _nonzero(norms.sum())
 
     def dominance(self) -> Tensor:
-        """(m, m): |cos_jk| ||g_j|| / ||g_k||, how far row j dominates row k (paper, Eq. 6).
+        """(m, m): ``|cos_jk| ||g_j|| / ||g_k||``, how far row j dominates row k (paper, Eq. 6).
 
         Much larger than 1 in a conflicting pair: the plain sum moves against row k. Pairs that do
         not conflict are included; the diagonal is 1. 0 where g_k is zero.
