@@ -47,31 +47,24 @@ STEPS = 120
 
 def draw_gain(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Gain over the sum against the unit of the target: a panel per optimizer."""
-    found = [
-        {**one, "unit": float(one["setting"].split()[1].rstrip(","))}
-        for one in comparisons(rows)
-        if one["part"] == "units"
-    ]
-    optimizers, methods = (
-        list(dict.fromkeys(o[key] for o in found)) for key in ("optimizer", "method")
-    )
+    found = [one for one in comparisons(rows) if one["part"] == "units"]
+    units = [float(one["setting"].split()[1].rstrip(",")) for one in found]
+    curves: dict[str, dict[str, list[tuple[float, ...]]]] = {}
+    for unit, one in sorted(zip(units, found, strict=True), key=lambda pair: pair[0]):
+        ends = one["interval"] or (one["mean"], one["mean"])  # one seed has no interval
+        by_method = curves.setdefault(one["optimizer"], {})
+        by_method.setdefault(one["method"], []).append((unit, one["mean"], *ends))
     with style.context(STYLE):
         figure = Figure(figsize=(7.6, 5.0))
-        axes = figure.subplots(1, len(optimizers), sharey=True, squeeze=False)[0]
-        for axis, optimizer in zip(axes, optimizers, strict=True):
-            for method in methods:
-                own = [o for o in found if (o["optimizer"], o["method"]) == (optimizer, method)]
-                own.sort(key=lambda one: one["unit"])
-                color, marker = LOOKS[method]
-                x = [one["unit"] for one in own]
-                if all(one["interval"] for one in own):
-                    low, high = zip(*(one["interval"] for one in own), strict=True)
-                    axis.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
-                means = [one["mean"] for one in own]
+        axes = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
+        for axis, (optimizer, by_method) in zip(axes, curves.items(), strict=True):
+            for method, points in by_method.items():
+                (color, marker), (x, means, low, high) = LOOKS[method], np.transpose(points)
+                axis.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
                 axis.plot(x, means, color=color, marker=marker, markersize=6, label=method)
             axis.axhline(0, color=BLACK, linewidth=1)
             axis.set_xscale("log")
-            axis.set_xticks(sorted({one["unit"] for one in found}), minor=False)
+            axis.set_xticks(sorted(set(units)))
             axis.set_xticks([], minor=True)
             axis.xaxis.set_major_formatter("{x:g}")
             axis.set_title(optimizer)

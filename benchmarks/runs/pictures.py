@@ -180,7 +180,9 @@ def _draw_circles(axis: Axes, modalities: Sequence[str], available: Bools) -> No
         there = np.flatnonzero(row)
         axis.plot([number] * len(row), range(len(row)), "o", color="#D0D0D0", markersize=7)
         axis.plot([number] * len(there), there, "o-", color=BLACK, markersize=7, linewidth=1.6)
-    axis.text(len(available), (len(modalities) - 1) / 2, "mean", ha="center", va="center")
+    axis.text(
+        len(available), (len(modalities) - 1) / 2, "mean", ha="center", va="center", fontsize=9
+    )
     axis.set_yticks(range(len(modalities)), modalities)
     axis.set_ylim(len(modalities) - 0.5, -0.5)
     axis.tick_params(axis="y", length=0)

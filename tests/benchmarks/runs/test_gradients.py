@@ -93,7 +93,7 @@ def test_diagnosis_is_what_the_optimizer_reports() -> None:
         reports.append(optimizer.backward(losses))
         merges.add(reports[-1])
         optimizer.step()
-    seen = diagnose(merges.stacked(), NAMES)
+    seen = diagnose(merges.state_dict(), NAMES)
     for number, report in enumerate(reports[:2]):
         assert isinstance(report, Decoupling)
         found = report.angles()
