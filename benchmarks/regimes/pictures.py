@@ -74,7 +74,7 @@ def draw_gain(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
             figure,
             path,
             "Two tasks on two halves of a digit: what a method gains, by the scale of one target\n"
-            "(test score, learning rates tuned; bands: 95 % intervals over seeds)",
+            "(test score, learning rates tuned; bands: 95 % intervals over several seeds)",
             *legend_of(axes),
         )
 
@@ -153,7 +153,8 @@ def draw_valley(path: Path) -> None:
         finish(
             figure,
             path,
-            f"Two losses, one {STRENGTH:g} times steeper: where removing conflict helps, where not",
+            f"Two losses, one {STRENGTH:g} times as steep: where removing conflict helps, and "
+            "where not",
         )
 
 
