@@ -17,10 +17,11 @@ from torch import Tensor
 
 from benchmarks.brats.cases import MODALITIES, BratsData
 from benchmarks.brats.metrics import METRICS
-from benchmarks.brats.pictures import draw_cases, draw_combinations
+from benchmarks.brats.pictures import draw_cases
 from benchmarks.runs import gradients, results
 from benchmarks.runs.comparison import Comparison, compare_all
 from benchmarks.runs.methods import ALL, MEASURES, definitions, measured_on
+from benchmarks.runs.pictures import draw_combinations
 from gradsplit import modality_combinations
 
 __all__ = ["Report", "write_report"]

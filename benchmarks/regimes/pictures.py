@@ -13,17 +13,28 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from benchmarks.regimes.report import comparisons, opposed_of
+from benchmarks.regimes.report import SAME, comparisons, opposed_of
 from benchmarks.runs.methods import plain_sum
-from benchmarks.runs.pictures import BLACK, BLUE, GREEN, METHOD_LOOKS, RED, SKY, STYLE, YELLOW
-from benchmarks.runs.results import atomic_path
+from benchmarks.runs.pictures import (
+    BLACK,
+    BLUE,
+    DASHED,
+    GREEN,
+    GREY,
+    METHOD_LOOKS,
+    RED,
+    SKY,
+    STYLE,
+    YELLOW,
+    finish,
+    legend_of,
+)
 from gradsplit.rules import gmd
 
 __all__ = ["descend", "draw_gain", "draw_opposed", "draw_valley", "line_rows", "valley_rows"]
 
 LOOKS = {
-    **{name: METHOD_LOOKS[name] for name in ("gmd", "gmd-all", "pcgrad", "balance")},
-    "balance+gmd-all": METHOD_LOOKS["balance+gmd-all"],
+    **METHOD_LOOKS,
     "balance-first": (BLUE, "<"),
     "balance-first+gmd-all": ("#882255", ">"),
     "standardised target": (BLACK, "o"),
@@ -37,74 +48,69 @@ STEPS = 120
 def draw_gain(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Gain over the sum against the unit of the target: a panel per optimizer."""
     found = [one for one in comparisons(rows) if one["part"] == "units"]
-    units = {name: float(name.split()[1].rstrip(",")) for name in (o["setting"] for o in found)}
-    optimizers = list(dict.fromkeys(one["optimizer"] for one in found))
+    units = [float(one["setting"].split()[1].rstrip(",")) for one in found]
+    curves: dict[str, dict[str, list[tuple[float, ...]]]] = {}
+    for unit, one in sorted(zip(units, found, strict=True), key=lambda pair: pair[0]):
+        ends = one["interval"] or (one["mean"], one["mean"])  # one seed has no interval
+        by_method = curves.setdefault(one["optimizer"], {})
+        by_method.setdefault(one["method"], []).append((unit, one["mean"], *ends))
     with style.context(STYLE):
-        figure = Figure(figsize=(10.5, 5.2))
-        axes = figure.subplots(1, len(optimizers), sharey=True, squeeze=False)[0]
-        for axis, optimizer in zip(axes, optimizers, strict=True):
-            for method, (color, marker) in LOOKS.items():
-                own = [o for o in found if (o["optimizer"], o["method"]) == (optimizer, method)]
-                own.sort(key=lambda one: units[one["setting"]])
-                x = [units[one["setting"]] for one in own]
-                if all(one["interval"] for one in own):
-                    low, high = zip(*(one["interval"] for one in own), strict=True)
-                    axis.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
-                means = [one["mean"] for one in own]
+        figure = Figure(figsize=(7.6, 5.0))
+        axes = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
+        for axis, (optimizer, by_method) in zip(axes, curves.items(), strict=True):
+            for method, points in by_method.items():
+                (color, marker), (x, means, low, high) = LOOKS[method], np.transpose(points)
+                axis.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
                 axis.plot(x, means, color=color, marker=marker, markersize=6, label=method)
             axis.axhline(0, color=BLACK, linewidth=1)
             axis.set_xscale("log")
-            axis.set_xticks(sorted(set(units.values())), minor=False)
+            axis.set_xticks(sorted(set(units)))
             axis.set_xticks([], minor=True)
-            axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axis.xaxis.set_major_formatter("{x:g}")
             axis.set_title(optimizer)
-            axis.set_xlabel("unit of the regression target\n(1: raw grey levels, 34: standardised)")
+            axis.set_xlabel("unit of the regression target\n(1: grey levels, 34: standardised)")
         axes[0].set_ylabel("gain over the plain sum, points")
-        figure.suptitle(
+        finish(
+            figure,
+            path,
             "Two tasks on two halves of a digit: what a method gains, by the scale of one target\n"
-            "Test score, learning rates tuned; bands: 95 % intervals over seeds",
-            fontsize=11.5,
+            "(test score, learning rates tuned; bands: 95 % intervals over several seeds)",
+            *legend_of(axes),
         )
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4)
-        _save(figure, path)
 
 
 def draw_opposed(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Gain over the sum against how often the sum opposes a loss: a panel per method."""
-    opposed = opposed_of(rows)
-    found = comparisons(rows)
+    opposed, found = opposed_of(rows), comparisons(rows)
+    methods = dict.fromkeys(one["method"] for one in found)
     with style.context(STYLE):
-        figure = Figure(figsize=(12.5, 6.6))
-        axes = figure.subplots(2, 4, sharex=True, sharey=True).ravel()
-        for axis, method in zip(axes, LOOKS, strict=True):
+        figure = Figure(figsize=(7.9, 2.3 * -(-len(methods) // 4) + 1.4))
+        axes = figure.subplots(-(-len(methods) // 4), 4, sharex=True, sharey=True, squeeze=False)
+        for axis, method in zip(axes.flat, methods, strict=False):
             for one in (one for one in found if one["method"] == method):
                 x = 100 * opposed[one["part"], one["setting"]]
                 color = PART_COLORS[one["part"]]
-                shown = one["verdict"] != "not told apart"
+                face = "white" if one["verdict"] == SAME else color
                 marker = "o" if one["optimizer"] == "SGD" else "s"
-                face = color if shown else "white"
-                axis.plot(x, one["mean"], marker, color=color, markerfacecolor=face, markersize=7)
+                axis.plot(x, one["mean"], marker, color=color, markerfacecolor=face, markersize=6)
             axis.axhline(0, color=BLACK, linewidth=1)
-            axis.set_title(method)
-        for axis in axes[4:]:
-            axis.set_xlabel("opposed: losses that the sum raises, %")
-        for axis in axes[::4]:
-            axis.set_ylabel("gain over the sum, points")
-        figure.suptitle(
-            "When to use it: gain against how often the plain sum raises a loss\n"
-            "One dot per setting; filled: told apart from the sum; hollow: not",
-            fontsize=11.5,
+            axis.set_title(method, fontsize=10)
+        for axis in axes.flat[len(methods) :]:
+            axis.set_visible(False)
+        for axis in axes[-1]:
+            axis.set_xlabel("opposed (%)")
+        for axis in axes[:, 0]:
+            axis.set_ylabel("gain (points)")
+        dots = [("o", PART_COLORS[part], part) for part in dict.fromkeys(o["part"] for o in found)]
+        dots += [("o", GREY, "SGD"), ("s", GREY, "Adam")]
+        finish(
+            figure,
+            path,
+            "Gain over the plain sum against the share of losses that the sum raises (opposed)\n"
+            "(one dot per setting; filled: told apart from the sum; hollow: not)",
+            [Line2D([], [], linestyle="", marker=m, color=c, markersize=7) for m, c, _ in dots],
+            [label for *_, label in dots],
         )
-        parts = dict.fromkeys(one["part"] for one in found)
-        handles = [_dot("o", PART_COLORS[part], part) for part in parts]
-        handles += [_dot("o", "#7F7F7F", "SGD"), _dot("s", "#7F7F7F", "Adam")]
-        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
-        _save(figure, path)
-
-
-def _dot(marker: str, color: str, label: str) -> Line2D:
-    return Line2D([], [], linestyle="", marker=marker, color=color, markersize=7, label=label)
 
 
 # --- the smallest example ------------------------------------------------------------------------
@@ -140,28 +146,28 @@ def descend(
 def draw_valley(path: Path) -> None:
     """Where gmd provably helps, and where it provably stops short."""
     with style.context(STYLE):
-        figure = Figure(figsize=(11.5, 5.6))
+        figure = Figure(figsize=(8.4, 4.8))
         left, right = figure.subplots(1, 2, width_ratios=[1.1, 1])
         _draw_valley(left)
         _draw_line(right)
-        figure.suptitle(
-            f"Two losses, one of them {STRENGTH:g} times as steep: where removing conflict helps, "
-            "and where it does not",
-            fontsize=11.5,
+        finish(
+            figure,
+            path,
+            f"Two losses, one {STRENGTH:g} times as steep: where removing conflict helps, and "
+            "where not",
         )
-        _save(figure, path)
 
 
 def _draw_valley(axis: Axes) -> None:
     u, v = np.meshgrid(np.linspace(-0.25, 1.35, 300), np.linspace(-1.3, 0.3, 300))
     mean = STRENGTH / 4 * (u - 1) ** 2 + (u + v) ** 2 / 4
     axis.contour(u, v, mean, levels=np.geomspace(3e-3, 50, 14), colors="#C4C4C4", linewidths=0.8)
-    axis.plot([-0.25, 1.3], [0.25, -1.3], color=BLACK, linestyle=(0, (4, 3)), linewidth=1)
-    slow = descend(valley_rows, plain_sum, (0.0, 0.0), 8000)
+    axis.plot([-0.25, 1.3], [0.25, -1.3], color=BLACK, linestyle=DASHED, linewidth=1)
+    slow = descend(valley_rows, plain_sum, (0.0, 0.0), 4000)
     fast = descend(valley_rows, gmd, (0.0, 0.0), STEPS)
     axis.plot(*slow.T, color=BLUE, linewidth=2)
     axis.plot(*slow[: STEPS + 1 : 10].T, "o", color=BLUE, markersize=5)
-    axis.plot(*slow[2000:6001:2000].T, "o", color=BLUE, markersize=6, markerfacecolor="white")
+    axis.plot(*slow[2000::2000].T, "o", color=BLUE, markersize=6, markerfacecolor="white")
     axis.plot(*fast.T, color=RED, linewidth=2)
     axis.plot(*fast[::10].T, "D", color=RED, markersize=5)
     axis.plot(1, -1, "*", color=BLACK, markersize=16, zorder=5)
@@ -170,9 +176,9 @@ def _draw_valley(axis: Axes) -> None:
         (f"plain sum, {STEPS} steps:\nA pulls it out of the valley", (0.3, 0.06), BLUE),
         ("2000 steps", (1.04, slow[2000, 1] - 0.02), BLUE),
         ("4000 steps", (1.04, slow[4000, 1] - 0.02), BLUE),
-        (f"gmd, {STEPS} steps:\nB stays solved", (0.08, -0.72), RED),
-        ("best for both", (0.6, -1.1), BLACK),
-        ("valley of B,\n$u + v = 0$", (-0.22, -0.2), BLACK),
+        (f"gmd, {STEPS} steps:\nB stays solved", (0.02, -0.8), RED),
+        ("best for both", (0.48, -1.08), BLACK),
+        ("valley of B,\n$u + v = 0$", (-0.22, -0.4), BLACK),
     ]
     for text, place, color in notes:
         axis.text(*place, text, color=color, fontsize=10)
@@ -190,16 +196,11 @@ def _draw_line(axis: Axes) -> None:
         axis.plot(descend(line_rows, plain_sum, [start], STEPS), color=BLUE, linewidth=2)
         axis.plot(descend(line_rows, gmd, [start], STEPS), "--", color=RED, linewidth=2)
     best = (STRENGTH - 1) / (STRENGTH + 1)
-    axis.text(36, best + 0.1, "plain sum: reaches the best mean", color=BLUE)
+    axis.text(6, best + 0.1, "plain sum: reaches the best mean", color=BLUE)
     axis.text(36, -0.22, "gmd: stops where it enters", color=RED)
-    axis.text(36, -1.25, "shaded: every u is a fixed point of gmd", color=BLACK)
+    axis.text(16, -1.25, "shaded: gmd stays where it is", color=BLACK)
     axis.set_xlim(0, STEPS)
     axis.set_ylim(-2.1, 1.4)
     axis.set_xlabel("step")
     axis.set_ylabel("u")
     axis.set_title("does not: $L_A = 50\\,(u-1)^2$,  $L_B = (u+1)^2/2$\nthree starts")
-
-
-def _save(figure: Figure, path: Path) -> None:
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary)

@@ -8,6 +8,7 @@ into the benchmark's list of names; -1 where a step had fewer than m rows).
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from benchmarks.runs import results
-from benchmarks.runs.methods import measured_on
-from benchmarks.runs.pictures import draw_angles, draw_curves
+from benchmarks.runs.methods import METHODS, measured_on, plain_sum
+from benchmarks.runs.pictures import draw_before_after, draw_training, window_of
 from gradsplit import Decoupling
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
 Array = npt.NDArray[np.float64]
 
 RECORDS = ("gramians", "weights", "trained")
+ANGLES = ("pairs", "projected", "summed", "merged")
 SCALARS = {"conflicts": "conflict_rate", "opposed": "opposed_rate", "alignment": "alignment"}
 
 
@@ -74,7 +76,7 @@ class Merges:
             setattr(self, key, list(record[key]))
 
 
-def _filled(tensor: Tensor, m: int, value: float) -> Tensor:
+def _filled(tensor: Tensor, m: int, value: float = math.nan) -> Tensor:
     return pad(tensor, [0, m - tensor.shape[0]] * tensor.dim(), value=value)
 
 
@@ -82,21 +84,21 @@ def _filled(tensor: Tensor, m: int, value: float) -> Tensor:
 
 
 def diagnose(records: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Array]:
-    """Per step: angles between rows and to the merged gradient, shares, dominance, conflicts.
+    """Per step: angles, shares, dominance, conflicts; before the rule and after it.
 
     Args:
         records: of one training, see the top of this file.
         names: of the combinations that ``trained`` points to.
 
     Returns:
-        ``pairs`` (S, m(m-1)/2) and ``merged`` (S, m) in degrees, ``shares`` (S, len(names)), and
-        ``dominance``, ``conflicts``, ``opposed`` and ``alignment`` (S,). NaN stands for what a step
-        had not: combinations that were not drawn, and all of these four where there was one row.
+        In degrees, ``pairs`` and ``projected`` (S, m(m-1)/2), between two rows and between two
+        that gmd has projected; ``summed`` and ``merged`` (S, m), of a row to the plain sum and to
+        the merged gradient. ``shares`` (S, len(names)), and ``dominance``, ``conflicts``,
+        ``opposed`` and ``alignment`` (S,). NaN stands for what a step had not: combinations that
+        were not drawn, and all of these four where there was one row.
     """
     size = records["weights"].shape[1]
-    rows: dict[str, list[Any]] = {
-        key: [] for key in ("pairs", "merged", "shares", "dominance", *SCALARS)
-    }
+    rows: dict[str, list[Any]] = {key: [] for key in (*ANGLES, "shares", "dominance", *SCALARS)}
     for gramian, weights, trained in zip(*(records[key] for key in RECORDS), strict=True):
         there = trained >= 0
         gramian, weights, trained = gramian[there][:, there], weights[there], trained[there]
@@ -105,8 +107,14 @@ def diagnose(records: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, A
         scalars = seen.as_scalars(prefix="")
         shares = np.full(len(names), np.nan)
         shares[trained.numpy()] = seen.shares().numpy()
-        rows["pairs"].append(_padded(seen.angles(), size * (size - 1) // 2))
-        rows["merged"].append(_padded(merged_angles(gramian, weights), size))
+        pairs = size * (size - 1) // 2
+        for key, most, angles in (
+            ("pairs", pairs, seen.angles()),
+            ("projected", pairs, replace(seen, gramian=projected(gramian)).angles()),
+            ("summed", size, merged_angles(gramian, plain_sum(gramian))),
+            ("merged", size, merged_angles(gramian, weights)),
+        ):
+            rows[key].append(_filled(angles, most).numpy())
         rows["shares"].append(shares)
         rows["dominance"].append(scalars.get("dominance_max", math.nan))
         for key, name in SCALARS.items():
@@ -114,8 +122,11 @@ def diagnose(records: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, A
     return {key: np.array(values, dtype=np.float64) for key, values in rows.items()}
 
 
-def _padded(values: Tensor, size: int) -> Array:
-    return np.pad(values.double().numpy(), (0, size - len(values)), constant_values=np.nan)
+def projected(gramian: Tensor) -> Tensor:
+    """(m, m): the Gramian of C J, the rows as gmd leaves them (its weights are C's column sums)."""
+    norms = gramian.diagonal().clamp(min=torch.finfo(gramian.dtype).tiny)
+    left = torch.eye(len(gramian), dtype=gramian.dtype) - gramian.clamp(max=0.0) / norms
+    return left @ gramian @ left.T
 
 
 def merged_angles(gramian: Tensor, weights: Tensor) -> Tensor:
@@ -136,13 +147,16 @@ def diagnose_all(
 
     Args:
         done: one ``{"result": {"method": ..., ...}, "records": ...}`` per training, by seed.
-        names: as in :func:`diagnose`. Methods whose steps all had a single row are left out.
+        names: as in :func:`diagnose`. Methods whose steps all had a single row are left out, and
+            ``projected`` where the method does not project as gmd does.
     """
     by_method: dict[str, list[dict[str, Array]]] = {}
     for one in done:
         if bool(((one["records"]["trained"] >= 0).sum(1) > 1).any()):
-            seen = diagnose(one["records"], names)
-            by_method.setdefault(one["result"]["method"], []).append(seen)
+            method, seen = one["result"]["method"], diagnose(one["records"], names)
+            if METHODS[method].rule != "gmd":
+                del seen["projected"]
+            by_method.setdefault(method, []).append(seen)
     return {
         method: {key: _stack([run[key] for run in runs]) for key in runs[0]}
         for method, runs in by_method.items()
@@ -171,7 +185,7 @@ def summarise_gradients(
         name: [_mean_or_none(part) for part in np.array_split(seen["shares"][:, number], epochs)]
         for number, name in enumerate(names)
     }
-    angles = {key: seen[key][np.isfinite(seen[key])] for key in ("pairs", "merged")}
+    angles = {key: seen[key][np.isfinite(seen[key])] for key in ANGLES if key in seen}
     return {
         "per_epoch": {**per_epoch, "shares": shares},
         "angle_bins": bins.tolist(),
@@ -230,7 +244,7 @@ def draw_gradients(
     over: str,
     scope: str = "the shared parameters",
 ) -> None:
-    """Write angles.png and dominance.png.
+    """Write gradients.png and before_after.png.
 
     Args:
         folder: where to.
@@ -240,29 +254,20 @@ def draw_gradients(
         over: what the means are over, for the titles.
         scope: what the Gramians were measured on, for the titles.
     """
-
     where = measured_on(scope, seen)
-
-    def each(key: str) -> dict[str, Array]:
-        return {method: arrays[key] for method, arrays in seen.items()}
-
-    draw_angles(
-        folder / "angles.png",
-        f"Gradient angles on {where}, {label}, all steps and seeds\n"
-        "A row is one combination's gradient. Top: as Fig. 3 of the GMD paper. "
-        "Bottom: above 90° the step goes against that row.",
-        each("pairs"),
-        each("merged"),
-    )
-    draw_curves(
-        folder / "dominance.png",
-        f"Gradients on {where} over training, {label}\n(moving mean; {over})",
-        each("shares"),
+    window = window_of(max(arrays["conflicts"].shape[1] for arrays in seen.values()))
+    draw_training(
+        folder / "gradients.png",
+        f"Gradients on {where} over training, {label}\n"
+        f"(moving mean over {window} step{'s' * (window > 1)}, geometric of dominance; {over})",
+        seen,
         names,
-        {
-            "largest dominance of a pair": each("dominance"),
-            "share of pairs in conflict": each("conflicts"),
-            "alignment with the plain sum": each("alignment"),
-        },
-        highest={"alignment with the plain sum": 1.0},  # a cosine
+    )
+    # What decouples nothing is the same before and after.
+    rules = [method for method in seen if METHODS[method].rule is not plain_sum]
+    draw_before_after(
+        folder / "before_after.png",
+        f"Gradient angles on {where}, {label}\n"
+        "(all steps and seeds; above 90° two rows conflict, the step opposes a row)",
+        {method: seen[method] for method in rules or seen},
     )

@@ -1,7 +1,7 @@
-"""The pictures that every benchmark writes. They see numbers and names, no models."""
+"""The looks of all pictures, and those that every benchmark draws that compares combinations."""
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,30 +10,41 @@ import numpy.typing as npt
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # without pyplot: it draws by Agg and needs no display
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from benchmarks.runs.results import atomic_path
 
 __all__ = [
-    "draw_angles",
-    "draw_curves",
+    "draw_band",
+    "draw_before_after",
+    "draw_combinations",
+    "draw_training",
+    "finish",
+    "smooth",
+    "window_of",
 ]
 
 Array = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
 
 # Okabe and Ito's palette: told apart with any colour vision. Markers repeat what colour says.
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
 )  # fmt: skip
+GREY = "#7F7F7F"
 METHOD_LOOKS = {
-    "full": ("#7F7F7F", "s"),
+    "full": (GREY, "s"),
     "sum": (BLUE, "o"),
     "gmd": (RED, "D"),
     "gmd-all": (ORANGE, "d"),
     "pcgrad": (GREEN, "^"),
-    "balance": (SKY, "s"),
+    "balance": (SKY, "v"),
     "balance+gmd-all": (PURPLE, "P"),
 }
-LINE_COLORS = (BLACK, BLUE, RED, GREEN, PURPLE, ORANGE, SKY)
+DASHED = (0, (4, 3))
+# Figures are at most 8 inches wide or so: printed at 8 cm, letters are still 4 to 5 points high.
 STYLE = {
     "font.size": 10.5,
     "axes.titlesize": 11,
@@ -49,94 +60,291 @@ STYLE = {
 }
 
 
-def draw_angles(
+def color_of(method: str) -> str:
+    return METHOD_LOOKS[method][0]
+
+
+def legend_of(axes: Sequence[Axes]) -> tuple[list[Any], list[str]]:
+    """Handles and labels, each label once."""
+    found: dict[str, Any] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    return list(found.values()), list(found)
+
+
+def finish(
+    figure: Figure,
     path: Path,
     title: str,
-    pairs: Mapping[str, Array],
-    merged: Mapping[str, Array],
+    handles: Sequence[Any] = (),
+    labels: Sequence[str] = (),
 ) -> None:
-    """Two rows of histograms, one column per method, with a line at 90 degrees.
+    """Title above, legend below, as many lines of each as the width asks for; written to a file."""
+    room = int(11 * figure.get_figwidth())  # about 11 letters of this size to an inch
+    lines = [textwrap.fill(line, room) for line in title.split("\n")]
+    figure.suptitle("\n".join(lines), fontsize=11.5)
+    if handles:
+        widths = [len(label) + 8 for label in labels]  # with the line and marker before each
+        columns = len(labels) if sum(widths) <= room else max(1, room // max(widths))
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary)
+
+
+# --- scores --------------------------------------------------------------------------------------
+
+
+def draw_combinations(
+    path: Path,
+    title: str,
+    modalities: Sequence[str],
+    available: Bools,
+    panels: Mapping[str, Mapping[str, Array]],
+    limits: tuple[float, float] = (-np.inf, np.inf),
+    constant: Mapping[str, Array] | None = None,
+) -> None:
+    """Scores of many combinations: one panel per score, methods side by side, circles below.
+
+    Points are means over cases and seeds; the last group is the mean over the combinations.
+    Bars: one sample standard deviation over seeds; with one seed, in a lighter tone, from the
+    first to the third quartile of the cases.
 
     Args:
         path: the file to write.
         title: of the whole picture.
-        pairs: by method, the angles in degrees between two rows.
-        merged: by method, the angles between a row and the merged update.
+        modalities: names of the rows of circles.
+        available: (combinations, modalities): filled circles.
+        panels: by the label of the y axis: by method, (seeds, cases, combinations); NaN where a
+            case has not all modalities of a combination.
+        limits: what the scores cannot exceed.
+        constant: by the same label: (combinations,), the scores of the train mean.
     """
-    rows = (
-        ("between two rows", "conflict", pairs),
-        ("of a row to the merged update", "opposed", merged),
+    count, most = len(available), max(map(len, panels.values()))
+    parts = [2.4] * len(panels) + [0.27 * len(modalities)]
+    with style.context(STYLE):
+        width = 2.2 + 0.3 * (count + 1) * max(1.0, 0.32 * most)
+        figure = Figure(figsize=(max(6.4, width), sum(parts) + 1.3))
+        axes = figure.subplots(len(parts), 1, sharex=True, height_ratios=parts)
+        for axis, (label, methods) in zip(axes, panels.items(), strict=False):
+            _draw_scores(axis, methods, count)
+            heights = [] if constant is None else [*constant[label], constant[label].mean()]
+            for number, height in enumerate(heights):
+                ends = number - 0.45, number + 0.45
+                axis.plot(ends, (height, height), "--", color=BLACK, lw=1, label="train mean")
+            room = 0.02 * (limits[1] - limits[0])  # for the points that lie on a limit
+            low, high = axis.get_ylim()
+            if np.isfinite(room):
+                axis.set_ylim(max(limits[0] - room, low), min(limits[1] + room, high))
+            axis.set_ylabel(label)
+        _draw_circles(axes[-1], modalities, available)
+        for axis in axes:
+            axis.grid(axis="x", visible=False)
+            axis.tick_params(axis="x", length=0, labelbottom=False)
+            for number in range(0, count, 2):
+                axis.axvspan(number - 0.5, number + 0.5, color="#F4F4F4", zorder=0, linewidth=0)
+            for number in np.flatnonzero(np.diff(available.sum(1))).tolist():
+                axis.axvline(number + 0.5, color="#B0B0B0", linewidth=0.8, zorder=1)
+            axis.axvline(count - 0.5, color=BLACK, linewidth=0.8, zorder=1)
+            axis.set_xlim(-0.5, count + 0.5)
+        figure.align_ylabels(axes)
+        finish(figure, path, title, *legend_of(axes))
+
+
+def _draw_scores(axis: Axes, methods: Mapping[str, Array], count: int) -> None:
+    widest = min(0.3, 0.13 * (len(methods) - 1))
+    offsets = np.linspace(-widest, widest, len(methods))
+    for number, (offset, (method, values)) in enumerate(zip(offsets, methods.items(), strict=True)):
+        by_seed = finite_mean(values, 1)
+        by_seed = np.column_stack([by_seed, finite_mean(by_seed, 1)])  # (seeds, combinations + 1)
+        place, mean = np.arange(count + 1) + offset, finite_mean(by_seed, 0)
+        color, marker = METHOD_LOOKS[method]
+        if len(values) > 1:
+            spread = by_seed.std(0, ddof=1)
+            axis.errorbar(place, mean, yerr=spread, fmt="none", color=color, capsize=2.5)
+        else:
+            by_case = np.column_stack([values[0], finite_mean(values[0], 1)])
+            for x, column in zip(place, by_case.T, strict=True):
+                if np.isfinite(column).any():
+                    quartiles = np.nanpercentile(column, (25, 75))
+                    axis.vlines(x, *quartiles, color=color, alpha=0.3, linewidth=4)
+        axis.plot(place, mean, marker, color=color, markersize=5.5, label=method)
+        axis.text(
+            1.006, 0.97 - 0.11 * number, f"{mean[-1]:#.3g}", color=color, fontweight="bold",
+            transform=axis.transAxes, ha="left", va="top",
+        )  # fmt: skip
+
+
+def _draw_circles(axis: Axes, modalities: Sequence[str], available: Bools) -> None:
+    for number, row in enumerate(available):
+        there = np.flatnonzero(row)
+        axis.plot([number] * len(row), range(len(row)), "o", color="#D0D0D0", markersize=7)
+        axis.plot([number] * len(there), there, "o-", color=BLACK, markersize=7, linewidth=1.6)
+    axis.text(
+        len(available), (len(modalities) - 1) / 2, "mean", ha="center", va="center", fontsize=9
     )
-    bins = np.arange(0.0, 181.0, 5.0)
-    with style.context(STYLE):
-        figure = Figure(figsize=(max(6.4, 1.2 + 3.4 * len(pairs)), 6.4))
-        axes = figure.subplots(2, len(pairs), sharex=True, sharey=True, squeeze=False)
-        for line, (between, what, angles) in zip(axes, rows, strict=True):
-            for axis, (method, values) in zip(line, angles.items(), strict=True):
-                _draw_histogram(axis, values, bins, color_of(method), what)
-                axis.set_xlabel(f"angle {between} (°)")
-            line[0].set_ylabel("share of all angles")
-        for axis, method in zip(axes[0], pairs, strict=True):
-            axis.set_title(method, color=color_of(method), fontweight="bold")
-        finish(figure, path, title, [], [])
+    axis.set_yticks(range(len(modalities)), modalities)
+    axis.set_ylim(len(modalities) - 0.5, -0.5)
+    axis.tick_params(axis="y", length=0)
+    axis.grid(visible=False)
+    axis.spines[["left", "bottom"]].set_visible(False)
+    axis.set_xlabel("modalities available at test", labelpad=8)
 
 
-def draw_curves(
-    path: Path,
-    title: str,
-    shares: Mapping[str, Array],
-    combinations: Sequence[str],
-    curves: Mapping[str, Mapping[str, Array]],
-    highest: Mapping[str, float],
-) -> None:
-    """What the gradients did over training: shares per combination above, other measures below.
+# --- gradients -----------------------------------------------------------------------------------
+
+
+def draw_before_after(path: Path, title: str, seen: Mapping[str, Mapping[str, Array]]) -> None:
+    """Histograms of angles: between two rows, and of a row to the update; one column per method.
 
     Args:
         path: the file to write.
         title: of the whole picture.
-        shares: by method, (seeds, steps, combinations); NaN where a combination was not drawn.
-        combinations: the names of the last axis.
-        curves: by the label of the y axis: by method, (seeds, steps).
-        highest: by the same label, what the quantity cannot exceed: the band is cut off there.
+        seen: by method, degrees of any shape, NaN where there is none: ``pairs`` and ``projected``
+            (which may be missing), ``summed`` and ``merged``.
     """
+    rows = (("between two rows", "pairs", "projected"), ("row to the update", "summed", "merged"))
     with style.context(STYLE):
-        figure = Figure(figsize=(12.5, 6.8))
-        above, below = figure.subfigures(2, 1, squeeze=False)[:, 0]
-        upper = above.subplots(1, len(shares) + 1, sharey=True, width_ratios=_widths(len(shares)))
-        for axis, (method, values) in zip(upper, shares.items(), strict=False):
-            _draw_shares(axis, values, combinations)
+        figure = Figure(figsize=(max(6.9, 0.9 + 1.9 * len(seen)), 5.6))
+        axes = figure.subplots(2, len(seen), sharex=True, sharey="row", squeeze=False)
+        for line, (name, *keys) in zip(axes, rows, strict=True):
+            for axis, (method, arrays) in zip(line, seen.items(), strict=True):
+                _draw_angles(axis, [arrays.get(key) for key in keys], color_of(method))
+                axis.set_xlabel(f"{name} (°)")
+            line[0].set_ylabel("share of angles")
+        for axis, method in zip(axes[0], seen, strict=True):
             axis.set_title(method, color=color_of(method), fontweight="bold")
-            axis.set_xlabel("training step")
-        upper[0].set_ylim(bottom=0)
-        upper[0].set_ylabel("share of the gradient norms")
-        _legend_beside(upper[-1], upper[0], "combination")
-        lower = below.subplots(1, len(curves) + 1, width_ratios=_widths(len(curves)))
-        for axis, (label, by_method) in zip(lower, curves.items(), strict=False):
-            for method, values in by_method.items():
-                _draw_band(axis, method, values, highest.get(label, np.inf))
-            axis.set_title(label)
-            axis.set_xlabel("training step")
-            # The band of a quantity that is never negative may reach below zero.
-            axis.set_ylim(bottom=max(0.0, axis.get_ylim()[0]))
-            if all(_spans_decades(values) for values in by_method.values()):
-                axis.set_yscale("log")
-        _legend_beside(lower[-1], lower[0], "method")
-        finish(figure, path, title, [], [])
+        handles = [Line2D([], [], color=BLACK, linewidth=1), Patch(color=GREY, alpha=0.75)]
+        labels = ["before: as taken; plain sum", "after: projected; merged"]
+        finish(figure, path, title, handles, labels)
+
+
+def _draw_angles(axis: Axes, both: Sequence[Array | None], color: str) -> None:
+    """Before as an outline, after filled; what lies above 90 degrees in figures."""
+    looks: Sequence[tuple[str, dict[str, Any]]] = (
+        ("before", {"histtype": "step", "color": BLACK, "zorder": 3}),
+        ("after", {"color": color, "alpha": 0.75}),
+    )
+    said = ["above 90°"]
+    for (name, look), angles in zip(looks, both, strict=True):
+        if angles is None:
+            said.append(f"{name} –")
+            continue
+        known = angles[np.isfinite(angles)]
+        weights = np.full(known.size, 1 / known.size)
+        axis.hist(known, bins=np.arange(0.0, 181.0, 5.0).tolist(), weights=weights, **look)
+        said.append(f"{name} {(known > 90).mean():.1%}")
+    axis.axvline(90, color=BLACK, linestyle=DASHED, linewidth=1)
+    axis.set_xlim(0, 180)
+    axis.set_xticks((0, 45, 90, 135), ("0", "45", "90", "135"))
+    axis.tick_params(labelbottom=True)
+    axis.text(
+        0.99, 0.98, "\n".join(said), transform=axis.transAxes, ha="right", va="top", fontsize=9
+    )
+
+
+def draw_training(
+    path: Path, title: str, seen: Mapping[str, Mapping[str, Array]], names: Sequence[str]
+) -> None:
+    """What the gradients did over training: shares of one method above, all methods below.
+
+    Lines: means over :func:`window_of` steps (of dominance, geometric), and over seeds. Bands: one
+    sample standard deviation between seeds, where there are several.
+
+    Args:
+        path: the file to write.
+        title: of the whole picture.
+        seen: by method, (seeds, steps): ``dominance``, ``conflicts``, ``alignment``; and
+            ``shares``, (seeds, steps, combinations), NaN where a combination was not drawn.
+        names: of the combinations.
+    """
+    below = {
+        "dominance": ("largest dominance\nof a pair", (0.0, np.inf)),
+        "conflicts": ("share of pairs\nin conflict", (0.0, 1.0)),
+        "alignment": ("alignment with\nthe plain sum", (-1.0, 1.0)),
+    }
+    with style.context(STYLE):
+        figure = Figure(figsize=(7.6, 6.2))
+        axes = figure.subplot_mosaic([["shares", "shares", "legend"], list(below)])
+        first = "sum" if "sum" in seen else next(iter(seen))
+        for columns, look in _grouped(names):
+            share = finite_mean(seen[first]["shares"][..., columns], -1)
+            draw_band(axes["shares"], share, (0.0, 1.0), **look)
+        axes["shares"].set_title(f"{first}: share of the gradient norms")
+        axes["shares"].set_ylim(bottom=0)
+        axes["shares"].xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes["legend"].axis("off")
+        handles, labels = legend_of([axes["shares"]])
+        axes["legend"].legend(handles, labels, loc="center left", borderaxespad=0)
+        for key, (name, bounds) in below.items():
+            for method, arrays in seen.items():
+                look = {"color": color_of(method), "label": method}
+                draw_band(axes[key], arrays[key], bounds, log=key == "dominance", **look)
+            axes[key].set_title(name)
+            axes[key].set_xlabel("training step")
+        axes["dominance"].set_yscale("log")
+        axes["dominance"].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes["dominance"].yaxis.set_major_formatter("{x:.3g}")
+        axes["dominance"].yaxis.set_minor_locator(NullLocator())
+        finish(figure, path, title, *legend_of([axes["conflicts"]]))
+
+
+def _grouped(names: Collection[str]) -> list[tuple[list[int], dict[str, Any]]]:
+    """Which combinations make one line, and its look: those of several modalities by their number.
+
+    A single modality that dominates is what one looks for: each has a colour of its own.
+    """
+    colors = BLUE, RED, GREEN, PURPLE, ORANGE, SKY
+    by_size: dict[int, dict[int, str]] = {}
+    for number, name in enumerate(names):
+        by_size.setdefault(1 + name.count("+"), {})[number] = name
+    singles = by_size.pop(1, {}).items()
+    lines: list[tuple[list[int], dict[str, Any]]] = [
+        ([number], {"color": color, "label": name})
+        for color, (number, name) in zip(colors, singles, strict=False)
+    ]
+    for size, members in sorted(by_size.items()):
+        label = f"{size} modalities" + (f"\n(mean of {len(members)})" if len(members) > 1 else "")
+        color = BLACK if size == max(by_size) else GREY
+        dashes = "-" if size == max(by_size) else ("--", ":", "-.")[size % 3 - 2]
+        lines.append((list(members), {"color": color, "linestyle": dashes, "label": label}))
+    return lines
+
+
+def draw_band(
+    axis: Axes, values: Array, bounds: tuple[float, float], *, log: bool = False, **look: Any
+) -> None:
+    """Moving mean of (seeds, steps), and over seeds; a band only where there are several."""
+    if log:
+        values = np.log(np.where(values > 0, values, np.nan))
+    smoothed = smooth(values, window_of(values.shape[1]))  # (seeds, steps)
+    mean = finite_mean(smoothed, 0)
+    steps = np.flatnonzero(np.isfinite(mean))  # sampled combinations have gaps: connect the rest
+    spread = smoothed.std(0, ddof=1) if len(values) > 1 else np.zeros_like(mean)
+    low, middle, high = ((mean + sign * spread)[steps] for sign in (-1, 0, 1))
+    if log:
+        low, middle, high = np.exp([low, middle, high])
+    axis.plot(steps, middle, linewidth=1.6, **look)
+    if len(values) > 1:
+        low, high = np.clip([low, high], *bounds)
+        axis.fill_between(steps, low, high, color=look["color"], alpha=0.15, linewidth=0)
+
+
+def window_of(steps: int) -> int:
+    """Over how many steps a moving mean goes."""
+    return max(1, steps // 12)
 
 
 def smooth(values: Array, window: int) -> Array:
     """Centred moving mean along the last axis that skips NaN; shorter windows at both ends."""
     known = np.isfinite(values)
-    kernel = np.ones(window)
-    padded = (window // 2, (window - 1) // 2)
-
-    def moving_sum(line: Array) -> Array:
-        return np.convolve(np.pad(line, padded), kernel, mode="valid")
-
-    total = np.apply_along_axis(moving_sum, -1, np.where(known, values, 0.0))
-    count = np.apply_along_axis(moving_sum, -1, known.astype(float))
-    mean: Array = np.full_like(total, np.nan)
-    np.divide(total, count, out=mean, where=count > 0)
+    places = np.arange(values.shape[-1])
+    low, high = (places - window // 2).clip(0), (places + (window + 1) // 2).clip(max=places.size)
+    before = [(0, 0)] * (values.ndim - 1) + [(1, 0)]
+    total, count = (np.pad(one.cumsum(-1), before) for one in (np.where(known, values, 0.0), known))
+    number = count[..., high] - count[..., low]
+    mean: Array = np.full(values.shape, np.nan)
+    np.divide(total[..., high] - total[..., low], number, out=mean, where=number > 0)
     return mean
 
 
@@ -147,117 +355,3 @@ def finite_mean(values: Array, axis: int) -> Array:
     mean: Array = np.full(total.shape, np.nan)
     np.divide(total, known.sum(axis), out=mean, where=known.any(axis))
     return mean
-
-
-def _draw_histogram(axis: Axes, values: Array, bins: Array, color: str, what: str) -> None:
-    values = values[np.isfinite(values)]  # NaN: a step with fewer rows
-    weights = np.full(values.size, 1 / values.size)
-    axis.hist(values, bins=bins.tolist(), weights=weights, color=color, alpha=0.85)
-    axis.axvline(90, color=BLACK, linestyle=(0, (4, 3)), linewidth=1.2)
-    axis.set_xlim(0, 180)
-    axis.set_xticks(range(30, 151, 30))  # labels of neighbouring panels must not touch
-    axis.tick_params(labelbottom=True)
-    beyond = 100 * float((values > 90).mean())
-    axis.text(
-        0.98, 0.95, f"above 90°:\n{beyond:.1f}% {what}",
-        transform=axis.transAxes, ha="right", va="top", fontsize=9.5,
-    )  # fmt: skip
-
-
-def _draw_shares(axis: Axes, values: Array, combinations: Sequence[str]) -> None:
-    steps = values.shape[1]
-    lines = smooth(values.transpose(2, 0, 1), _window(steps))  # (combinations, seeds, steps)
-    means = [finite_mean(line, 0) for line in lines]
-    for mean, look in zip(means, _looks(combinations), strict=True):
-        drawn = np.isfinite(mean)  # sampled combinations have gaps: connect what there is
-        if drawn.any():
-            axis.plot(np.arange(steps)[drawn], mean[drawn], **look)
-
-
-def _looks(combinations: Sequence[str]) -> list[dict[str, Any]]:
-    """How to draw each; where there are too many to tell apart, those between are grouped by size.
-
-    A single modality that dominates is what one looks for: each has a color of its own.
-    """
-    if len(combinations) <= len(LINE_COLORS):
-        return [
-            {"color": color, "linewidth": 1.6, "label": name}
-            for color, name in zip(LINE_COLORS, combinations, strict=False)
-        ]
-    sizes = [name.count("+") + 1 for name in combinations]
-    singles = [number for number, size in enumerate(sizes) if size == 1]
-    looks: list[dict[str, Any]] = []
-    for number, size in enumerate(sizes):
-        if size == 1:
-            color = LINE_COLORS[1 + singles.index(number) % (len(LINE_COLORS) - 1)]
-            looks.append({"color": color, "linewidth": 2.0, "label": combinations[number]})
-        elif size == max(sizes):
-            looks.append({"color": BLACK, "linewidth": 2.0, "label": f"all {size}"})
-        else:
-            dashes = ("-", "--", ":")[(size - 2) % 3]
-            label = f"{size} modalities ({sizes.count(size)})"
-            grey = {"color": "#9A9A9A", "linewidth": 1.1, "linestyle": dashes, "zorder": 1.5}
-            looks.append({**grey, "label": label})
-    return looks
-
-
-def _widths(count: int) -> list[float]:
-    """Of ``count`` panels and the legend beside them."""
-    return [1.0] * count + [0.17 * count]
-
-
-def _legend_beside(place: Axes, drawn: Axes, title: str) -> None:
-    place.axis("off")
-    handles, labels = legend_of([drawn])
-    place.legend(handles, labels, loc="center left", title=title, borderaxespad=0)
-
-
-def _draw_band(axis: Axes, method: str, values: Array, highest: float) -> None:
-    """Mean over seeds, smoothed, with a band of one sample standard deviation."""
-    smoothed = smooth(values, _window(values.shape[1]))
-    mean = finite_mean(smoothed, 0)
-    steps = np.arange(len(mean))
-    if len(values) > 1:
-        spread = smoothed.std(0, ddof=1)
-        top = np.minimum(mean + spread, highest)
-        axis.fill_between(
-            steps, mean - spread, top, color=color_of(method), alpha=0.15, linewidth=0
-        )
-    axis.plot(steps, mean, color=color_of(method), linewidth=1.6, label=method)
-
-
-def _spans_decades(values: Array) -> bool:
-    return bool(np.nanmin(values) > 0 and np.nanmax(values) > 100 * np.nanmin(values))
-
-
-def _window(steps: int) -> int:
-    return max(1, steps // 12)
-
-
-def color_of(method: str) -> str:
-    return METHOD_LOOKS[method][0]
-
-
-def legend_of(axes: Sequence[Axes]) -> tuple[list[Any], list[str]]:
-    found: dict[str, Any] = {}
-    for axis in axes:
-        handles, labels = axis.get_legend_handles_labels()
-        for handle, label in zip(handles, labels, strict=True):
-            found.setdefault(label, handle)
-    return list(found.values()), list(found)
-
-
-def finish(
-    figure: Figure, path: Path, title: str, handles: Sequence[Any], labels: Sequence[str]
-) -> None:
-    # About 11 letters of this size to an inch.
-    lines = [textwrap.fill(line, int(11 * figure.get_figwidth())) for line in title.split("\n")]
-    figure.suptitle("\n".join(lines), fontsize=11.5)
-    if handles:
-        widths = [len(label) + 8 for label in labels]  # with the line and marker before each
-        room, columns = int(11 * figure.get_figwidth()), len(labels)
-        if sum(widths) > room:
-            columns = max(1, room // max(widths))
-        figure.legend(handles, labels, loc="outside lower center", ncols=columns)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary)

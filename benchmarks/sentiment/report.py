@@ -12,15 +12,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib import style
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure  # without pyplot: it draws by Agg and needs no display
 from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error
 
 from benchmarks.runs import gradients, results
 from benchmarks.runs.comparison import Comparison, compare_all
 from benchmarks.runs.methods import MEASURES, definitions, measured_on
-from benchmarks.runs.pictures import BLACK, METHOD_LOOKS, STYLE, color_of, finish, legend_of
+from benchmarks.runs.pictures import draw_combinations
 from benchmarks.sentiment.data import MODALITIES, SentimentData
 from gradsplit import modality_combinations
 
@@ -274,6 +271,16 @@ class Report:
             for name in NAMES
         }
 
+    def constants(self) -> dict[str, dict[str, float]]:
+        """By combination: the scores of the train mean, over the same utterances as the models'."""
+        test, guess = self.data.splits["test"], self.data.splits["train"].labels.double().mean()
+        found = {}
+        for name in NAMES:
+            having = test.available[:, [MODALITIES.index(one) for one in name.split("+")]].all(1)
+            labels = test.labels[having].double().numpy()
+            found[name] = metrics(np.full(len(labels), float(guess)), labels)
+        return found
+
     def _complete(self) -> bool:
         return min(self.counts().values()) == len(self.data.splits["test"])
 
@@ -331,15 +338,20 @@ def write_report(report: Report, folder: Path) -> str:
     seeds = report.config["seeds"]
     over = f"mean ± sample std over {seeds} seeds" if seeds > 1 else "1 seed"
     panels = {"mae": "MAE (lower is better)", "acc2_non0": "Acc-2, non 0 (higher is better)"}
-    draw_scores(
+    draw_combinations(
         folder / "scores.png",
-        f"Test scores by available modalities, {report.label}\n({over})",
-        NAMES,
+        f"Test scores by available modalities, {report.label}\n"
+        f"({over}; right: mean over the combinations)",
+        MODALITIES,
+        np.array([[one in name.split("+") for one in MODALITIES] for name in NAMES]),
         {
-            label: {method: report.scores(method, metric) for method in report.methods}
+            label: {method: report.scores(method, metric)[:, None] for method in report.methods}
             for metric, label in panels.items()
         },
-        {label: ("train mean", report.constant[metric]) for metric, label in panels.items()},
+        constant={
+            label: np.array([one[metric] for one in report.constants().values()])
+            for metric, label in panels.items()
+        },
     )
     if report.seen:
         gradients.draw_gradients(folder, report.seen, NAMES, report.label, over)
@@ -347,62 +359,3 @@ def write_report(report: Report, folder: Path) -> str:
     results.write_text(folder / results.TABLE, table)
     results.write_json(folder / results.RESULTS, report.as_json())
     return table
-
-
-def draw_scores(
-    path: Path,
-    title: str,
-    groups: Sequence[str],
-    panels: Mapping[str, Mapping[str, Array]],
-    references: Mapping[str, tuple[str, float]],
-) -> None:
-    """Means with sample standard deviations over seeds: one panel per score, methods side by side.
-
-    Args:
-        path: the file to write.
-        title: of the whole picture.
-        groups: what lies along the x axis; a "+" breaks the line.
-        panels: by the label of the y axis: by method, (seeds, groups).
-        references: by the same label: name and height of a horizontal line.
-    """
-    with style.context(STYLE):
-        figure = Figure(figsize=(9.5, 3.3 * len(panels) + 0.7))
-        axes = list(figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0])
-        for axis, (label, methods) in zip(axes, panels.items(), strict=True):
-            _draw_points(axis, methods)
-            if label in references:
-                name, height = references[label]
-                axis.axhline(height, color=BLACK, linestyle=(0, (4, 3)), linewidth=1, label=name)
-            axis.set_ylabel(label)
-            axis.grid(axis="x", visible=False)
-            axis.tick_params(axis="x", length=0)
-        _shade_groups(axes, len(groups))
-        last = axes[-1]
-        last.set_xticks(range(len(groups)), [name.replace("+", "\n+ ") for name in groups])
-        last.set_xlabel("modalities available at test")
-        figure.align_ylabels(axes)
-        finish(figure, path, title, *legend_of(axes))
-
-
-def _draw_points(axis: Axes, methods: Mapping[str, Array]) -> None:
-    offsets = np.linspace(-0.27, 0.27, len(methods)) if len(methods) > 1 else np.zeros(1)
-    for offset, (method, values) in zip(offsets, methods.items(), strict=True):
-        seeds, groups = values.shape
-        axis.errorbar(
-            np.arange(groups) + offset,
-            values.mean(0),
-            yerr=values.std(0, ddof=1) if seeds > 1 else None,
-            fmt=METHOD_LOOKS[method][1],
-            color=color_of(method),
-            markersize=6,
-            capsize=3,
-            linewidth=1.4,
-            label=method,
-        )
-
-
-def _shade_groups(axes: Sequence[Axes], count: int) -> None:
-    for axis in axes:
-        for number in range(0, count, 2):
-            axis.axvspan(number - 0.5, number + 0.5, color="#F4F4F4", zorder=0, linewidth=0)
-        axis.set_xlim(-0.5, count - 0.5)

@@ -1197,7 +1197,7 @@ def test_divergence_is_an_error_that_says_what_to_do(
 
 
 RUN = ["--methods", "sum,gmd", "--combinations", "k=2", "--epochs", "2", *TINY]
-PICTURES = ["angles.png", "cases.png", "dice.png", "dominance.png"]
+PICTURES = ["before_after.png", "cases.png", "dice.png", "gradients.png"]
 
 
 def outcome(folder: Path) -> list[dict[str, Any]]:

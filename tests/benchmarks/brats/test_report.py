@@ -18,7 +18,6 @@ from torch import Tensor
 from benchmarks.brats.cases import BratsData
 from benchmarks.brats.metrics import case_scores, hard_dice, hd95, soft_dice_released
 from benchmarks.brats.report import Report, write_report
-from benchmarks.runs.gradients import diagnose, diagnose_all, gradient_table, summarise_gradients
 
 EMPTY = torch.zeros(1, 6, 6, 6, dtype=torch.bool)
 NESTED = {"WT": (1, 2, 4), "TC": (1, 4), "ET": (4,)}
@@ -334,7 +333,7 @@ def test_the_result_folder(tmp_path: Path) -> None:
     done = [finished(m, s, COMPLETE) for s in (0, 1) for m in ("full", "sum", "gmd")]
     text = write_report(report(done), tmp_path)
     assert sorted(os.listdir(tmp_path)) == [
-        "angles.png", "cases.png", "dice.png", "dominance.png", "results.json", "table.md",
+        "before_after.png", "cases.png", "dice.png", "gradients.png", "results.json", "table.md",
     ]  # fmt: skip
     for picture in tmp_path.glob("*.png"):
         assert picture.read_bytes().startswith(b"\x89PNG")
@@ -388,50 +387,3 @@ def test_slices_of_two_places_are_not_compared(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'gmd' and 'sum' differ"):
         write_report(report(done), tmp_path)
     assert not (tmp_path / "results.json").exists()
-
-
-# --- rows that are not there ---------------------------------------------------------------------
-
-
-def test_missing_rows_change_nothing_but_their_own_places() -> None:
-    """Three rows where the step has two, in the form that stacked records have."""
-    jacobian = torch.randn(2, 4, dtype=torch.float64, generator=torch.manual_seed(0))
-    gramian = torch.full((3, 3), math.nan, dtype=torch.float64)
-    gramian[:2, :2] = jacobian @ jacobian.T
-    records = {
-        "gramians": gramian[None],
-        "weights": torch.tensor([[1.0, 2.0, math.nan]], dtype=torch.float64),
-        "trained": torch.tensor([[0, 2, -1]]),
-    }
-    names = ["a+b", "a", "b"]
-    short = {
-        "gramians": gramian[None, :2, :2],
-        "weights": records["weights"][:, :2],
-        "trained": records["trained"][:, :2],
-    }
-    padded, whole = diagnose(records, names), diagnose(short, names)
-    for key in ("shares", "dominance", "conflicts", "alignment"):
-        assert_allclose(padded[key], whole[key])
-    for key, count in (("pairs", 1), ("merged", 2)):
-        assert_allclose(padded[key][:, :count], whole[key])
-        assert np.isnan(padded[key][:, count:]).all()
-    summary = summarise_gradients(padded, names, 1)
-    assert summary == summarise_gradients(whole, names, 1)
-    json.dumps(summary, allow_nan=False)
-
-
-def test_a_step_with_one_row_has_no_pairs() -> None:
-    two = torch.tensor([[2.0, -1.0], [-1.0, 2.0]])
-    one = torch.tensor([[2.0, math.nan], [math.nan, math.nan]])
-    records = {
-        "gramians": torch.stack([two, one]),
-        "weights": torch.tensor([[1.5, 1.5], [1.0, math.nan]]),
-        "trained": torch.tensor([[0, 1], [1, -1]]),
-    }
-    done = [{"result": {"method": "gmd"}, "records": records}]
-    seen = diagnose_all(done, ["a", "b"])
-    assert_allclose(seen["gmd"]["conflicts"], [[1.0, np.nan]])
-    assert_allclose(seen["gmd"]["shares"], [[[0.5, 0.5], [np.nan, 1.0]]])
-    assert "100.0%" in gradient_table(seen, ["a", "b"])
-    records["trained"] = torch.tensor([[0, -1], [1, -1]])
-    assert diagnose_all(done, ["a", "b"]) == {}, "nothing to compare"

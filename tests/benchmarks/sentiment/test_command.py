@@ -16,14 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from matplotlib.axes import Axes
 from numpy.testing import assert_allclose
 
 from benchmarks.runs import results
 from benchmarks.runs.checkpoint import load_checkpoint, save_checkpoint
-from benchmarks.runs.gradients import diagnose, merged_angles
 from benchmarks.runs.methods import METHODS, plain_sum
-from benchmarks.runs.pictures import draw_curves, smooth
 from benchmarks.sentiment.__main__ import main
 from benchmarks.sentiment.data import (
     MODALITIES,
@@ -42,7 +39,6 @@ from benchmarks.sentiment.report import (
     summarise,
 )
 from benchmarks.sentiment.training import Config, Training, evaluate, mean_error, predict
-from gradsplit import Decoupling
 
 ROOT = Path(__file__).parents[3]
 REAL = ROOT.parent / "shared/data/mosi_heldout/unaligned_50.pkl"
@@ -353,62 +349,6 @@ def test_clipping_limits_the_merged_gradient(data: SentimentData) -> None:
     assert_allclose(float(torch.stack(moved).norm()), 1e-3, rtol=1e-3)
 
 
-# --- what the gradients did ----------------------------------------------------------------------
-
-
-def test_merged_angles_are_those_of_the_vectors() -> None:
-    torch.manual_seed(0)
-    rows = torch.randn(4, 9, dtype=torch.float64)
-    weights = torch.rand(4, dtype=torch.float64) + 1
-    merged = weights @ rows
-    cosine = torch.nn.functional.cosine_similarity(rows, merged[None])
-    found = merged_angles(rows @ rows.T, weights)
-    torch.testing.assert_close(found, cosine.acos().rad2deg())
-
-
-def test_a_zero_row_is_at_right_angles() -> None:
-    gramian = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
-    assert merged_angles(gramian, torch.ones(2)).tolist() == [0.0, 90.0]
-
-
-def test_diagnosis_is_what_the_optimizer_reports(data: SentimentData) -> None:
-    training = Training(small(combinations="k=3"), data, "gmd", 0)
-    reports = []
-    for index in torch.arange(24).split(8):
-        training._step(data.splits["train"], index)
-        assert isinstance(training.optimizer.last, Decoupling)
-        reports.append(training.optimizer.last)
-    seen = diagnose(training.merges.stacked(), NAMES)
-    for number, report in enumerate(reports):
-        assert_allclose(seen["pairs"][number], report.angles())
-        assert_allclose(seen["conflicts"][number], report.conflict_rate())
-        assert_allclose(seen["alignment"][number], report.alignment())
-        others = report.dominance().fill_diagonal_(0)
-        assert_allclose(seen["dominance"][number], others.max())
-        shares = dict(zip(report.names, report.shares().tolist(), strict=True))
-        expected = [shares.get(name, np.nan) for name in NAMES]
-        assert_allclose(seen["shares"][number], expected)
-
-
-def test_smoothing_skips_what_is_missing_and_keeps_the_length() -> None:
-    values = np.array([[1.0, np.nan, 3.0, 5.0], [np.nan, np.nan, np.nan, 2.0]])
-    found = smooth(values, 3)
-    assert_allclose(found, [[1.0, 2.0, 4.0, 4.0], [np.nan, np.nan, 2.0, 2.0]])
-    assert_allclose(smooth(values, 1), values)
-    assert smooth(values, 4).shape == values.shape
-
-
-def test_the_band_of_a_cosine_ends_at_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tops: list[float] = []
-    monkeypatch.setattr(Axes, "fill_between", lambda *args, **_: tops.append(float(args[3].max())))
-    values = {"gmd": np.array([[1.0, 1.0], [0.8, 0.9]])}
-    shares = {"gmd": np.full((2, 2, 1), 1.0)}
-    curves = {"cosine": values, "free": values}
-    draw_curves(tmp_path / "x.png", "", shares, ["text"], curves, {"cosine": 1.0})
-    assert tops[0] == 1.0
-    assert tops[1] > 1.0
-
-
 # --- result files --------------------------------------------------------------------------------
 
 
@@ -515,7 +455,7 @@ def test_a_run_from_end_to_end(
     out = tmp_path / "out"
     assert main([*arguments, "--out", str(out)]) == 0
     assert sorted(os.listdir(out)) == [
-        "angles.png", "dominance.png", "results.json", "scores.png", "table.md",
+        "before_after.png", "gradients.png", "results.json", "scores.png", "table.md",
     ]  # fmt: skip
     for picture in out.glob("*.png"):
         assert picture.read_bytes().startswith(b"\x89PNG")
