@@ -1,6 +1,7 @@
 """The figures of the site: each function draws one, when the site is built."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
@@ -41,6 +42,19 @@ def _arrow(axes: plt.Axes, to: Tensor, color: str, label: str, shift: tuple[int,
         "", to.tolist(), (0, 0), arrowprops={"arrowstyle": "-|>", "color": color, "lw": 2}
     )
     axes.annotate(label, to.tolist(), shift, textcoords="offset points", color=color, ha="center")
+
+
+def readme() -> None:
+    """README's picture: :func:`projection`, and beside it the report of a real step."""
+    opposed = [str(report) for report in _digits() if report.opposed()]
+    report = min(opposed, key=len)  # few pairs conflict: it fits
+    projection()
+    figure, left = plt.gcf(), plt.gca()
+    figure.set_size_inches(10.4, 2.9)
+    left.set_position((0.01, 0.1, 0.36, 0.86))
+    left.set_axis_off()
+    figure.text(0.41, 0.9, "print(report), in training on digits", weight="bold", size=10)
+    figure.text(0.41, 0.8, report, family="monospace", size=7.4, va="top", linespacing=1.7)
 
 
 def gramian() -> None:
@@ -191,3 +205,8 @@ def _projected(gramian: Tensor, order: Tensor | None) -> Tensor:
                 if j != i and inner < 0:
                     coefficients[i, j] -= inner / gramian[j, j]
     return coefficients @ gramian @ coefficients.T
+
+
+if __name__ == "__main__":  # for README, which shows a file
+    readme()
+    plt.savefig(Path(__file__).with_name("readme.png"), dpi=150, facecolor="white")
