@@ -209,7 +209,7 @@ def _ventricles(point: Point, width: float) -> Array:
 def _tissues(
     grid: _Grid, random: np.random.Generator, point: Point, depth: Array
 ) -> dict[str, Array]:
-    """Fractions (X, Y, Z) of the healthy tissues, which sum to 1; ``depth`` mm below the surface."""
+    """Fractions (X, Y, Z) of the healthy tissues, which sum to 1; depth below the surface in mm."""
     # Sulci: where a random field is 0. Its distance from 0 over its mean slope is one in mm. They
     # narrow with the depth and end at 11 mm, the cortex along them at 22 mm.
     scale = 3.8
