@@ -222,13 +222,8 @@ def _tissues(
 
     def around(more: float) -> Array:
         """What lies within so many mm of the fluid outside of the ventricles."""
-        return np.maximum.reduce(
-            [
-                grid.sheet(sulcus, gap + more),
-                grid.sheet(midline, fissure + more),
-                grid.fraction(depth - 0.1 - more),
-            ]
-        )
+        sheets = np.maximum(grid.sheet(sulcus, gap + more), grid.sheet(midline, fissure + more))
+        return np.asarray(np.maximum(sheets, grid.fraction(depth - 0.1 - more)))
 
     fluid = np.maximum(around(0), ventricles)
     grey = (around(CORTEX) - fluid).clip(0)
@@ -244,8 +239,8 @@ def _centre(random: np.random.Generator, radius: float) -> Array:
     point: Point = (places[:, 0], places[:, 1], places[:, 2])
     depth = -_brain(point)
     suits = (depth > 0.8 * radius + 3) & (point[0] > 0.6 * radius) & (_ventricles(point, 1.0) > 3)
-    centre: Array = places[suits.argmax() if suits.any() else depth.argmax()]
-    return centre * (random.choice([-1.0, 1.0]), 1, 1)
+    centre = places[suits.argmax() if suits.any() else depth.argmax()]
+    return np.asarray(centre * (random.choice([-1.0, 1.0]), 1, 1))
 
 
 def _enhancement(seed: int, number: int, random: np.random.Generator) -> tuple[float, float]:

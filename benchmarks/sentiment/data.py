@@ -289,7 +289,7 @@ class _SplitReader:
             occupied = tokens[:, 1] != 0
         first, last = occupied.argmax(axis=1), steps - occupied[:, ::-1].argmax(axis=1)
         start, end = np.where(occupied.any(axis=1), (first, last), 0)
-        lengths = end - start
+        lengths: Array = end - start
         key = f"{name}_lengths"
         if key in self.raw and name != "text":
             lengths = self._column(key, count)

@@ -167,9 +167,7 @@ def test_what_is_cut_off_or_of_another_format_is_named(
 
 @pytest.mark.parametrize("content", [[1, 2], {}, {"train": [1]}, None])
 def test_other_contents_are_refused(content: Any) -> None:
-    with pytest.raises(
-        ValueError, match=r"some\.pkl: expected the splits .* 'train' is miss"
-    ):
+    with pytest.raises(ValueError, match=r"some\.pkl: expected the splits .* 'train' is miss"):
         read(content)
 
 
