@@ -221,24 +221,6 @@ def test_empty_cases_are_not_passed_over(tmp_path: Path) -> None:
 # --- damaged and inconsistent files --------------------------------------------------------------
 
 
-def replace(role: str, change: Callable[[Array], Array]) -> Callable[[Path], str]:
-    def spoil(folder: Path) -> str:
-        name = f"{folder.name}_{role}.nii.gz"
-        write(folder / name, change(arrays()[role]))
-        return name
-
-    return spoil
-
-
-def rewrite(change: Callable[[bytes], bytes]) -> Callable[[Path], str]:
-    def spoil(folder: Path) -> str:
-        path = folder / f"{folder.name}_t1ce.nii.gz"
-        path.write_bytes(change(path.read_bytes()))
-        return path.name
-
-    return spoil
-
-
 def put(value: float, dtype: type = np.float32) -> Callable[[Array], Array]:
     def change(array: Array) -> Array:
         changed = array.astype(dtype)
@@ -248,68 +230,72 @@ def put(value: float, dtype: type = np.float32) -> Callable[[Array], Array]:
     return change
 
 
-def moved(affine: Array) -> Callable[[Path], str]:
-    def spoil(folder: Path) -> str:
-        write(folder / f"{folder.name}_flair.nii.gz", arrays()["flair"], affine)
-        return f"{folder.name}_flair.nii.gz"
-
-    return spoil
-
-
-def compressed(folder: Path) -> str:
-    (folder / f"{folder.name}_t1.nii.gz").rename(folder / f"{folder.name}_t1.nii")
-    return f"{folder.name}_t1.nii"
-
-
-SHIFT = np.eye(4)
-SHIFT[0, 3] = 0.5
-
-DAMAGES: dict[str, tuple[Callable[[Path], str], str]] = {
-    "label": (replace("seg", put(5, np.uint8)), "unknown label 5; the regions know 0, 1, 2, 4"),
-    "negative label": (replace("seg", put(-1, np.int16)), "unknown label -1"),
-    "interpolated label": (replace("seg", put(1.5)), "not whole numbers, such as 1.5"),
-    "NaN label": (replace("seg", put(np.nan)), "not whole numbers, such as nan"),
-    "NaN": (replace("t1", put(np.nan)), "1 voxels are NaN or infinite"),
-    "beyond float32": (replace("t1", put(1e39, np.float64)), "1 voxels are NaN or infinite"),
-    "empty volume": (replace("t2", np.zeros_like), "is 0 everywhere"),
-    "constant volume": (replace("t2", lambda x: np.full_like(x, 7)), "is 7 everywhere"),
-    "shape": (replace("flair", lambda x: x[:-1]), "shape (4, 6, 7) differs from (5, 6, 7) of"),
-    "four dimensions": (replace("t1", lambda x: np.stack([x, x], -1)), "has shape (5, 6, 7, 2)"),
-    "two dimensions": (replace("t1", lambda x: x[0]), "has shape (6, 7)"),
-    "complex": (
-        replace("t1", lambda x: x.astype(np.complex64)),
-        "type complex64; expected",
-    ),
-    "affine moved": (moved(SHIFT @ AFFINE), "affine differs from that of one_seg.nii.gz by up to"),
-    "affine flipped": (moved(AFFINE @ np.diag([-1, 1, 1, 1])), "affine differs"),
-    "zero bytes": (rewrite(lambda _: b""), "is no NIfTI file (0 bytes)"),
-    "truncated": (rewrite(lambda content: content[: len(content) // 2]), "is cut off"),
-    "trailer lost": (rewrite(lambda content: content[:-1]), "is cut off"),
-    "not gzip": (rewrite(gzip.decompress), "is damaged or no gzip file"),
-    "garbage behind": (rewrite(lambda content: content + b"x"), "is damaged or no gzip file"),
-    "bit flipped": (
-        rewrite(lambda x: x[:200] + bytes([x[200] ^ 8]) + x[201:]),
-        "is damaged or no gzip file",
-    ),
-    "compressed under the wrong name": (
-        compressed,
-        "is compressed with gzip; rename it to .nii.gz",
-    ),
-    "text": (
-        rewrite(lambda _: gzip.compress(b"moved to another server")),
-        "is no NIfTI file",
-    ),
-}
+CONTENTS: list[tuple[str, Callable[[Array], Array], str]] = [
+    ("seg", put(5, np.uint8), "unknown label 5; the regions know 0, 1, 2, 4"),
+    ("seg", put(-1, np.int16), "unknown label -1"),
+    ("seg", put(1.5), "not whole numbers, such as 1.5"),
+    ("seg", put(np.nan), "not whole numbers, such as nan"),
+    ("t1", put(np.nan), "1 voxels are NaN or infinite"),
+    ("t1", put(1e39, np.float64), "1 voxels are NaN or infinite"),  # beyond float32
+    ("t2", np.zeros_like, "is 0 everywhere"),
+    ("t2", lambda x: np.full_like(x, 7), "is 7 everywhere"),
+    ("flair", lambda x: x[:-1], "shape (4, 6, 7) differs from (5, 6, 7) of one_seg.nii.gz"),
+    ("t1", lambda x: np.stack([x, x], -1), "has shape (5, 6, 7, 2)"),
+    ("t1", lambda x: x[0], "has shape (6, 7)"),
+    ("t1", lambda x: x.astype(np.complex64), "type complex64; expected"),
+]
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_found_with_case_and_file(tmp_path: Path, damage: str) -> None:
-    spoil, message = DAMAGES[damage]
+@pytest.mark.parametrize(("role", "change", "message"), CONTENTS)
+def test_contents_that_cannot_be_are_found(
+    tmp_path: Path, role: str, change: Callable[[Array], Array], message: str
+) -> None:
     write_case(tmp_path / "fine", 1)
-    name = spoil(write_case(tmp_path / "one"))
+    made = arrays()
+    write_case(tmp_path / "one", {**made, role: change(made[role])})
     line = problem(tmp_path)
-    assert line.startswith(f"one/{name}: ")
+    assert line.startswith(f"one/one_{role}.nii.gz: ")
     assert message in line
+
+
+@pytest.mark.parametrize("change", ["moved", "flipped", "scaled"])
+def test_files_on_other_grids_are_found(tmp_path: Path, change: str) -> None:
+    folder = write_case(tmp_path / "one")
+    turn = {"moved": [1, 1, 1, 1], "flipped": [-1, 1, 1, 1], "scaled": [1, 1.02, 1, 1]}[change]
+    affine = AFFINE @ np.diag(turn)
+    affine[0, 3] += 0.5 * (change == "moved")
+    write(folder / "one_flair.nii.gz", arrays()["flair"], affine)
+    start = "one/one_flair.nii.gz: affine differs from that of one_seg.nii.gz by up to"
+    assert problem(tmp_path).startswith(start)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda _: b"", "is no NIfTI file (0 bytes)"),
+        (lambda content: content[: len(content) // 2], "is cut off"),
+        (lambda content: content[:-1], "is cut off"),  # of the trailer
+        (gzip.decompress, "is damaged or no gzip file"),
+        (lambda content: content + b"x", "is damaged or no gzip file"),
+        (lambda x: x[:200] + bytes([x[200] ^ 8]) + x[201:], "is damaged or no gzip file"),
+        (lambda _: gzip.compress(b"moved to another server"), "is no NIfTI file"),
+    ],
+)
+def test_damaged_files_are_found(
+    tmp_path: Path, change: Callable[[bytes], bytes], message: str
+) -> None:
+    path = write_case(tmp_path / "one") / "one_t1ce.nii.gz"
+    path.write_bytes(change(path.read_bytes()))
+    line = problem(tmp_path)
+    assert line.startswith(f"one/one_t1ce.nii.gz: {message}")
+
+
+def test_a_compressed_file_under_the_name_of_another_is_found(tmp_path: Path) -> None:
+    folder = write_case(tmp_path / "one")
+    (folder / "one_t1.nii.gz").rename(folder / "one_t1.nii")
+    assert problem(tmp_path).startswith(
+        "one/one_t1.nii: is compressed with gzip; rename it to .nii.gz"
+    )
 
 
 @pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
