@@ -17,8 +17,8 @@ import math
 import re
 import warnings
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ import nibabel
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from benchmarks.runs.results import atomic_path
 
@@ -45,18 +45,24 @@ __all__ = [
     "write_segmentation",
 ]
 
-MODALITIES = ("t1", "t1ce", "t2", "flair")
-REGIONS: dict[str, tuple[int, ...]] = {"WT": (1, 2, 4), "TC": (1, 4), "ET": (4,)}
-REGIONS_2023 = "WT=1,2,3 TC=1,3 ET=3"
-REGIONS_2024 = f"{REGIONS_2023} RC=4"  # gliomas after treatment: RC is the resection cavity
-
 SEGMENTATION = "seg"
-# How file names end: before 2023, and since.
-SUFFIXES = (
-    {"t1": "t1", "t1ce": "t1ce", "t2": "t2", "flair": "flair", SEGMENTATION: "seg"},
-    {"t1": "t1n", "t1ce": "t1c", "t2": "t2w", "flair": "t2f", SEGMENTATION: "seg"},
-)
-NIFTI = (".nii", ".nii.gz")
+# How the names of files end: behind "_", and since 2023 behind "-".
+ENDINGS = {
+    "t1": ("t1", "t1n"),
+    "t1ce": ("t1ce", "t1c"),
+    "t2": ("t2", "t2w"),
+    "flair": ("flair", "t2f"),
+    SEGMENTATION: (SEGMENTATION, SEGMENTATION),
+}
+MODALITIES = tuple(ENDINGS)[:4]
+REGIONS: dict[str, tuple[int, ...]] = {"WT": (1, 2, 4), "TC": (1, 4), "ET": (4,)}
+# By year; for messages. Gliomas after treatment have a resection cavity.
+PUBLISHED = {
+    "BraTS until 2022": "WT=1,2,4 TC=1,4 ET=4",
+    "BraTS 2023": "WT=1,2,3 TC=1,3 ET=3",
+    "BraTS 2024 (GLI)": "WT=1,2,3 TC=1,3 ET=3 RC=4",
+}
+REGIONS_2023 = PUBLISHED["BraTS 2023"]
 ORIENTATION = "LPS"  # that of BraTS: axes point to the left, to the back and up
 GRADES = ("HGG", "LGG")
 PROBLEMS_SHOWN = 20
@@ -137,24 +143,51 @@ def read_regions(text: str) -> dict[str, tuple[int, ...]]:
     """
     regions: dict[str, tuple[int, ...]] = {}
     for part in text.split():
-        name, equals, listed = part.partition("=")
-        numbers = listed.split(",")
-        if not name or not equals or not all(re.fullmatch("[0-9]+", each) for each in numbers):
-            raise ValueError(
-                f"regions {text!r}: {part!r} is not NAME=LABEL,LABEL,...; "
-                f"give them like {REGIONS_2023!r}"
-            )
-        labels = tuple(sorted(map(int, numbers)))
+        match = re.fullmatch(r"(.+?)=([0-9]+(?:,[0-9]+)*)", part)
+        if match is None:
+            raise ValueError(f"regions {text!r}: {part!r} is not NAME=LABEL,LABEL,...")
+        name, labels = match[1], tuple(sorted(map(int, match[2].split(","))))
         if not 1 <= labels[0] <= labels[-1] <= 255 or len(set(labels)) < len(labels):
             raise ValueError(f"regions {text!r}: labels of {name!r} must differ and be 1 to 255")
-        if name in regions:
-            raise ValueError(f"regions {text!r}: {name!r} is there twice")
-        if labels in regions.values():
-            raise ValueError(f"regions {text!r}: {name!r} has the labels of another region")
+        if name in regions or labels in regions.values():
+            raise ValueError(f"regions {text!r}: {name!r} or its labels are there twice")
         regions[name] = labels
     if not regions:
-        raise ValueError(f"regions {text!r}: none given; give them like {REGIONS_2023!r}")
+        raise ValueError(f"regions {text!r}: none given; those of {_published(set())}")
     return regions
+
+
+def _published(labels: set[int]) -> str:
+    """The years whose labels these may be, with what to type."""
+    return " or ".join(
+        f'{year}: --regions "{text}"'
+        for year, text in PUBLISHED.items()
+        if labels <= {0}.union(*read_regions(text).values())
+    )
+
+
+def labels_of(mask: Array, regions: Regions) -> Array:
+    """Predicted regions (R, ...) bool as labels (...) uint8.
+
+    Regions are painted over each other, the one with most labels first. A region's voxels get the
+    smallest of its labels that lies in no region painted later, or its smallest label where all
+    do: then the labels alone cannot tell it from the smaller ones. For regions nested in each
+    other, :func:`masks_of` gives the mask back, except that a voxel of an inner region counts as
+    one of the outer ones even where their masks say no.
+    """
+    order = sorted(regions, key=lambda name: -len(regions[name]))
+    place = {name: number for number, name in enumerate(regions)}
+    painted = np.zeros(mask.shape[1:], np.uint8)
+    for number, name in enumerate(order):
+        later = {label for other in order[number + 1 :] for label in regions[other]}
+        labels = sorted(regions[name])
+        painted[mask[place[name]]] = next((x for x in labels if x not in later), labels[0])
+    return painted
+
+
+def masks_of(labels: Array, regions: Regions) -> Array:
+    """(R, ...) bool: which voxels have a label of each region."""
+    return np.stack([np.isin(labels, members) for members in regions.values()])
 
 
 # --- finding and checking ------------------------------------------------------------------------
@@ -189,30 +222,27 @@ def load_folder(
     """
     folder = Path(folder)
     found = _case_folders(folder)
-    problems = _duplicates(folder, found)
     check = partial(
         _check_case, folder, regions=regions, allow_missing=allow_missing, labelled=labelled
     )
-    cases: list[Case] = []
-    labels: set[int] = set()
-    with (
-        ThreadPoolExecutor(max(workers, 1)) as pool,
-        tqdm(total=len(found), desc="checking cases", unit="case", disable=not progress) as bar,
-    ):
-        for case, present, complaints in pool.map(check, found):
-            bar.update()
-            problems += complaints
-            labels |= present
-            if case is not None:
-                cases.append(case)
+    checked = thread_map(
+        check, found, max_workers=max(workers, 1), desc="checking cases", unit="case",
+        disable=not progress,
+    )  # fmt: skip
+    twice = [name for name, count in Counter(path.name for path in found).items() if count > 1]
+    problems = [
+        f"{name}: there are two cases of this name, in {' and '.join(GRADES)}; rename one"
+        for name in twice
+    ]
+    problems += [problem for _, _, complaints in checked for problem in complaints]
     if problems:
         shown = "".join(f"\n  {problem}" for problem in problems[:PROBLEMS_SHOWN])
         more = len(problems) - PROBLEMS_SHOWN
-        rest = f"\n  and {more} more" if more > 0 else ""
         raise ValueError(
-            f"{folder}: {len(problems)} problem(s) in {len(found)} cases, "
-            f"to be solved before training:{shown}{rest}"
+            f"{folder}: {len(problems)} problem(s) in {len(found)} cases, to be solved before "
+            f"training:{shown}" + (f"\n  and {more} more" if more > 0 else "")
         )
+    labels = set[int]().union(*(present for _, present, _ in checked))
     for name, members in regions.items():
         if labelled and not labels.intersection(members):
             text = ", ".join(map(str, members))
@@ -221,10 +251,8 @@ def load_folder(
                 "are these the regions of this data?",
                 stacklevel=2,
             )
-    cases.sort(key=lambda case: case.name)
-    digest = hashlib.sha256()
-    for case in cases:
-        digest.update(f"{case.name} {case.digest}\n".encode())
+    cases = sorted((case for case, _, _ in checked if case), key=lambda case: case.name)
+    digest = hashlib.sha256("".join(f"{case.name} {case.digest}\n" for case in cases).encode())
     return BratsData(str(folder), tuple(cases), dict(regions), digest.hexdigest(), phantom)
 
 
@@ -233,18 +261,16 @@ def _case_folders(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise ValueError(f"{folder}: there is no such folder; give the one that holds the cases")
     inside = sorted(folder.iterdir())
-    candidates = [path for path in inside if path.name not in GRADES]
-    for path in inside:
-        if path.name in GRADES and path.is_dir():
-            candidates += sorted(path.iterdir())
+    grades = [path for path in inside if path.name in GRADES and path.is_dir()]
+    candidates = [path for path in inside if path not in grades]
+    candidates += [path for grade in grades for path in sorted(grade.iterdir())]
     found = [path for path in candidates if _may_be_case(path)]
     if not found:
-        names = [path.name + "/" * path.is_dir() for path in inside]
-        listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        names = ", ".join(path.name + "/" * path.is_dir() for path in inside[:8]) or "nothing"
         raise ValueError(
             f"{folder}: no cases; expected CASE/CASE_{{t1,t1ce,t2,flair,seg}}.nii[.gz] in it or in "
             "its folders HGG and LGG, or CASE/CASE-{t1n,t1c,t2w,t2f,seg}.nii[.gz]; "
-            f"found {listed or 'nothing'}"
+            f"found {names}{' ...' if len(inside) > 8 else ''}"
         )
     return found
 
@@ -263,30 +289,17 @@ def _may_be_volume(path: Path) -> bool:
     return bool(own) or ".nii" in name
 
 
-def _duplicates(folder: Path, found: Iterable[Path]) -> list[str]:
-    places: dict[str, list[str]] = {}
-    for path in found:
-        places.setdefault(path.name, []).append(str(path.relative_to(folder)))
-    return [
-        f"{name}: there are two cases of this name, {' and '.join(paths)}; remove or rename one"
-        for name, paths in places.items()
-        if len(paths) > 1
-    ]
-
-
 def _check_case(
     root: Path, folder: Path, *, regions: Regions, allow_missing: bool, labelled: bool
 ) -> tuple[Case | None, set[int], list[str]]:
     """The case (None if it has problems), its labels, and its problems."""
     where = folder.relative_to(root)
     files, problems = _files_of(folder, where, allow_missing, labelled)
-    reference: tuple[Path, _Image] | None = None
+    reference: tuple[str, _Image] | None = None
     labels: set[int] = set()
     digests = {}
     # Segmentation first: what differs from it is most often the file that is wrong.
-    for role in (SEGMENTATION, *MODALITIES):
-        if role not in files:
-            continue
+    for role in sorted(files, key=lambda role: role != SEGMENTATION):
         path = files[role]
         try:
             image = _read_image(path)
@@ -295,121 +308,81 @@ def _check_case(
             else:
                 _check_intensities(image.array)
             if reference is not None:
-                _check_geometry(image, reference[1], reference[0].name)
+                _check_geometry(image, reference[1], reference[0])
         except (OSError, ValueError) as error:
             reason = error.strerror or error if isinstance(error, OSError) else error
             problems.append(f"{where / path.name}: {reason}")
             continue
         digests[role] = image.sha256
-        reference = reference or (path, image)
+        reference = reference or (path.name, image)
     if problems or reference is None:
         return None, labels, problems
-    affine, shape = reference[1].affine, reference[1].array.shape
-    spacing = np.linalg.norm(affine[:3, :3], axis=0).tolist()
-    case = Case(
-        name=folder.name,
-        patient=_patient(folder.name),
-        files={name: files[name] for name in MODALITIES if name in files},
-        segmentation=files.get(SEGMENTATION),
-        shape=(shape[0], shape[1], shape[2]),
-        spacing=(spacing[0], spacing[1], spacing[2]),
-        digest=_digest(digests),
-    )
+    _, image = reference
+    segmentation = files.pop(SEGMENTATION, None)
+    spacing = tuple(np.linalg.norm(image.affine[:3, :3], axis=0).tolist())
+    patient = re.sub(r"(?i)^(brats1[789]_.+)_\d+$|^(brats-.+)-\d{3}$", r"\1\2", folder.name)
+    shape: tuple[int, int, int] = image.array.shape
+    case = Case(folder.name, patient, files, segmentation, shape, spacing, _digest(digests))
     return case, labels, problems
-
-
-def _patient(name: str) -> str:
-    for pattern in (r"(brats1[789]_.+)_\d+", r"(brats-.+)-\d{3}"):
-        if match := re.fullmatch(pattern, name, re.IGNORECASE):
-            return match[1]
-    return name
 
 
 def _files_of(
     folder: Path, where: Path, allow_missing: bool, labelled: bool
 ) -> tuple[dict[str, Path], list[str]]:
-    """The case's files by role, and what is wrong with their names."""
+    """The case's files by role, in the order of ENDINGS, and what is wrong with their names."""
     volumes = sorted(path.name for path in folder.iterdir() if _may_be_volume(path))
-    prefix = re.escape(folder.name)
     files: dict[str, Path] = {}
     problems = []
-    for role in (*MODALITIES, SEGMENTATION):
-        endings = "|".join({suffixes[role] for suffixes in SUFFIXES})
+    newer, packed = folder.name.startswith("BraTS-"), ".nii.gz"
+    for role, endings in ENDINGS.items():
         # The letters' case is no matter: BraTS itself has published a few files as t2W.
-        pattern = re.compile(rf"{prefix}[-_]({endings})\.nii(\.gz)?", re.IGNORECASE)
-        matching = [name for name in volumes if pattern.fullmatch(name)]
+        pattern = rf"(?i){re.escape(folder.name)}([-_])({'|'.join(endings)})(\.nii(\.gz)?)"
+        matching = [match for name in volumes if (match := re.fullmatch(pattern, name))]
         if len(matching) > 1:
-            listed = " and ".join(matching)
+            listed = " and ".join(match[0] for match in matching)
             problems.append(f"{where}: more than one file for {role}, {listed}; keep one")
         if matching:
-            files[role] = folder / matching[0]
-    wanted = (*MODALITIES, SEGMENTATION) if labelled else MODALITIES
-    missing = [role for role in wanted if role not in files]
-    present = [role for role in MODALITIES if role in files]
-    strange = sorted(set(volumes) - {path.name for path in files.values()})
-    for role in missing:
-        alike = _alike(strange, role)
+            files[role] = folder / matching[0][0]
+            newer, packed = matching[0][1] == "-", matching[0][3]
+    strange = [name for name in volumes if folder / name not in files.values()]
+    wanted = ENDINGS if labelled else MODALITIES
+    files = {role: path for role, path in files.items() if role in wanted}
+    for role in (role for role in wanted if role not in files):
+        # A part of the name, between what is neither letter nor digit, says the role.
+        alike = [x for x in strange if set(ENDINGS[role]) & set(re.split("[\\W_]", x.lower()))]
         if role == SEGMENTATION:
             advice = "fetch it; a case without one can only be segmented (--model)"
         elif not allow_missing:
             advice = "fetch it, or allow missing modalities (--allow-missing)"
-        elif not present:
+        elif not set(files) - {SEGMENTATION}:
             advice = "at least one modality is needed"
         elif alike:  # allowed to be missing, but it seems not to be
             advice = "give its file this name, or move what only looks like it out of the folder"
         else:
             continue
-        name = _expected_name(folder.name, role, files.values())
         also = ", ".join(alike or strange)
         hint = f"; there is also {also}: is it misnamed, packed or not complete?" if also else ""
         kind = "segmentation" if role == SEGMENTATION else f"{role} file"
+        name = f"{folder.name}{'_-'[newer]}{ENDINGS[role][newer]}{packed}"
         problems.append(f"{where / name}: missing {kind}; {advice}{hint}")
-    return {role: path for role, path in files.items() if role in wanted}, problems
-
-
-def _alike(names: Iterable[str], role: str) -> list[str]:
-    """Those of which a part, between what is neither letter nor digit, says the role."""
-    endings = {suffixes[role] for suffixes in SUFFIXES}
-    return [name for name in names if endings.intersection(re.split("[^a-z0-9]", name.lower()))]
-
-
-def _expected_name(case: str, role: str, files: Iterable[Path]) -> str:
-    """What the missing file would be called, judged by the case's other files."""
-    names = [path.name[len(case) :] for path in files]
-    newer = any(re.match("[-_](t1n|t1c|t2w|t2f)[.]", name.lower()) for name in names)
-    if not names:
-        newer = case.startswith("BraTS-")
-    separator = names[0][0] if names else "_-"[newer]
-    ending = ".nii" if names and names[0].endswith(".nii") else ".nii.gz"
-    return f"{case}{separator}{SUFFIXES[newer][role]}{ending}"
+    return files, problems
 
 
 def _check_labels(array: Array, regions: Regions) -> set[int]:
-    known = {0}.union(*regions.values())
-    unknown = np.unique(array[~np.isin(array, list(known))])
-    if unknown.size == 0:
-        return {label for label in known if (array == label).any()}
-    if not np.isfinite(unknown).all():
-        raise ValueError("has labels that are not finite numbers; fetch it again")
-    if (unknown % 1 != 0).any():
-        example = unknown[unknown % 1 != 0][0]
+    labels, known = set(np.unique(array).tolist()), {0}.union(*regions.values())
+    unknown = sorted(labels - known)
+    if odd := [label for label in unknown if not float(label).is_integer()]:
         raise ValueError(
-            f"has labels that are not whole numbers, such as {example:g}; "
-            "it may have been interpolated: labels need nearest neighbour"
+            f"has labels that are not whole numbers, such as {odd[0]:g}; fetch it again, or "
+            "resample it with nearest neighbour: others interpolate between labels"
         )
-    found = ", ".join(f"{label:g}" for label in unknown[:5]) + (", ..." if len(unknown) > 5 else "")
-    message = f"unknown label {found}; the regions know {', '.join(map(str, sorted(known)))}"
-    since_2024 = f'BraTS 2024 (GLI) has labels 1 to 4: give --regions "{REGIONS_2024}"'
-    if 3 in unknown and dict(regions) == REGIONS:
-        if 4 in array:
-            raise ValueError(f"{message}. {since_2024}")
+    if unknown:
+        listed = ", ".join(f"{label:g}" for label in unknown[:5]) + ", ..." * (len(unknown) > 5)
         raise ValueError(
-            f"{message}. BraTS has had a label 3 only since 2023: "
-            f'give --regions "{REGIONS_2023}". {since_2024}'
+            f"unknown label {listed}; the regions know {', '.join(map(str, sorted(known)))}; "
+            f"give the data's regions, {_published(labels) or '--regions'}"
         )
-    if 4 in unknown and dict(regions) == read_regions(REGIONS_2023):
-        raise ValueError(f"{message}. {since_2024}. Until 2022, 4 was ET: leave --regions out")
-    raise ValueError(f"{message}; give the data's regions (--regions)")
+    return labels
 
 
 def _check_intensities(array: Array) -> None:
@@ -423,20 +396,17 @@ def _check_intensities(array: Array) -> None:
 
 
 def _check_geometry(image: "_Image", reference: "_Image", name: str) -> None:
-    if image.array.shape != reference.array.shape:
-        raise ValueError(
-            f"shape {image.array.shape} differs from {reference.array.shape} of {name}; "
-            "the files of a case must be registered to each other"
-        )
-    ends = [(0, size - 1) for size in reference.array.shape]
-    corners = np.stack([*np.meshgrid(*ends), np.ones((2, 2, 2))]).reshape(4, 8)
+    shape = np.array(reference.array.shape)
+    corners = np.vstack([np.indices((2, 2, 2)).reshape(3, 8) * (shape[:, None] - 1), np.ones(8)])
     # Column by column, how far a corner of this volume is from the reference's, in its voxels.
-    moved = np.linalg.solve(reference.affine, image.affine @ corners) - corners
-    if not np.allclose(moved, 0, atol=AFFINE_TOLERANCE):
-        raise ValueError(
-            f"affine differs from that of {name} by up to {np.abs(moved).max():.3g} voxels; "
-            "the files of a case must be registered to each other"
-        )
+    moved = np.abs(np.linalg.solve(reference.affine, image.affine @ corners) - corners).max()
+    if image.array.shape != reference.array.shape:
+        found = f"shape {image.array.shape} differs from {reference.array.shape} of {name}"
+    elif moved > AFFINE_TOLERANCE:
+        found = f"affine differs from that of {name} by up to {moved:.3g} voxels"
+    else:
+        return
+    raise ValueError(f"{found}; the files of a case must be registered to each other")
 
 
 # --- reading one file ----------------------------------------------------------------------------
@@ -462,8 +432,6 @@ def _read_image(path: Path) -> _Image:
         raise ValueError(f"is a folder that holds {inside}; put the file itself in its place")
     content = path.read_bytes()
     sha256 = hashlib.sha256(content).hexdigest()
-    if not content:
-        raise ValueError("is empty (0 bytes); fetch it again")
     if path.name.lower().endswith(".gz"):
         try:
             content = gzip.decompress(content)
@@ -476,41 +444,39 @@ def _read_image(path: Path) -> _Image:
     kinds: tuple[Any, ...] = (nibabel.Nifti1Image, nibabel.Nifti2Image)
     kind = next((kind for kind in kinds if kind.header_class.may_contain_header(content)), None)
     if kind is None:
-        raise ValueError("is not a NIfTI file; convert it, or fetch it again")
+        raise ValueError(f"is no NIfTI file ({len(content)} bytes); convert it, or fetch it again")
     try:
         image = kind.from_bytes(content)
-        dtype, shape = image.header.get_data_dtype(), image.shape
-        start = image.dataobj.offset
+        dtype, shape, affine = image.get_data_dtype(), image.shape, image.affine
+        needed = image.dataobj.offset + math.prod(map(int, shape)) * dtype.itemsize
     except MemoryError:
         raise
     except Exception as error:  # a damaged header raises nearly anything in nibabel
         raise ValueError(f"has a damaged NIfTI header ({error}); fetch it again") from error
-    if len(shape) < 3 or min(shape) < 1 or max(shape[3:], default=1) > 1:
-        raise ValueError(f"has shape {tuple(shape)}; expected one volume of three dimensions")
-    if dtype.kind not in "iuf":
-        raise ValueError(f"holds values of type {dtype}; expected real numbers")
-    needed = start + math.prod(map(int, shape)) * dtype.itemsize
+    if len(shape) < 3 or min(shape) < 1 or max(shape[3:], default=1) > 1 or dtype.kind not in "iuf":
+        raise ValueError(
+            f"has shape {tuple(shape)} and type {dtype}; expected one volume of three dimensions "
+            "and of real numbers"
+        )
     if len(content) < needed:
         raise ValueError(f"is cut off: {len(content)} bytes of {needed}; fetch it again")
-    affine = np.asarray(image.affine, np.float64)
     if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine) < 4:
         raise ValueError(f"has an affine without inverse, {affine.tolist()}; fetch it again")
-    array = np.asarray(image.dataobj).reshape(shape[:3])
-    turn = _turn(_orientations.aff2axcodes(affine), ORIENTATION)
-    affine = affine @ _orientations.inv_ornt_aff(turn, array.shape)
-    return _Image(_orientations.apply_orientation(array, turn), affine, sha256)
+    turned = image.as_reoriented(_turn(_orientations.aff2axcodes(affine), ORIENTATION))
+    array = np.asarray(turned.dataobj)
+    return _Image(array.reshape(array.shape[:3]), turned.affine, sha256)
 
 
 _orientations: Any = nibabel.orientations  # without type hints
 
 
 def _turn(start: Sequence[str], end: Sequence[str]) -> Any:
-    """For ``apply_orientation``: from these axis codes to those."""
+    """For ``as_reoriented``: from these axis codes to those."""
     return _orientations.ornt_transform(*map(_orientations.axcodes2ornt, (start, end)))
 
 
 def _digest(files: Mapping[str, str]) -> str:
-    lines = [f"{role} {files[role]}\n" for role in (*MODALITIES, SEGMENTATION) if role in files]
+    lines = [f"{role} {files[role]}\n" for role in ENDINGS if role in files]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -522,10 +488,8 @@ def read_volumes(case: Case) -> dict[str, Array]:
         ValueError: a file is not what it was when the case was checked.
     """
     images = {}
-    files = dict(case.files)
-    if case.segmentation is not None:
-        files[SEGMENTATION] = case.segmentation
-    for role, path in files.items():
+    seg = {SEGMENTATION: case.segmentation} if case.segmentation is not None else {}
+    for role, path in {**case.files, **seg}.items():
         try:
             images[role] = _read_image(path)
         except ValueError as error:
@@ -535,33 +499,6 @@ def read_volumes(case: Case) -> dict[str, Array]:
             f"case {case.name}: its files have changed since they were checked; start again"
         )
     return {role: image.array for role, image in images.items()}
-
-
-# --- regions as labels ---------------------------------------------------------------------------
-
-
-def labels_of(mask: Array, regions: Regions) -> Array:
-    """Predicted regions (R, ...) bool as labels (...) uint8.
-
-    Regions are painted over each other, the one with most labels first. A region's voxels get the
-    smallest of its labels that lies in no region painted later, or its smallest label where all
-    do: then the labels alone cannot tell it from the smaller ones. For regions nested in each
-    other, :func:`masks_of` gives the mask back, except that a voxel of an inner region counts as
-    one of the outer ones even where their masks say no.
-    """
-    order = sorted(regions, key=lambda name: -len(regions[name]))
-    place = {name: number for number, name in enumerate(regions)}
-    painted = np.zeros(mask.shape[1:], np.uint8)
-    for number, name in enumerate(order):
-        later = {label for other in order[number + 1 :] for label in regions[other]}
-        labels = sorted(regions[name])
-        painted[mask[place[name]]] = next((x for x in labels if x not in later), labels[0])
-    return painted
-
-
-def masks_of(labels: Array, regions: Regions) -> Array:
-    """(R, ...) bool: which voxels have a label of each region."""
-    return np.stack([np.isin(labels, members) for members in regions.values()])
 
 
 # --- writing a segmentation ----------------------------------------------------------------------
@@ -579,7 +516,7 @@ def write_segmentation(path: Path, mask: Tensor | Array, regions: Regions, case:
             its first modality.
 
     Raises:
-        ValueError: the mask has another shape or the path another ending.
+        ValueError: the mask has another shape.
     """
     array = np.asarray(mask)
     if array.shape != (len(regions), *case.shape) or array.dtype != bool:
@@ -587,8 +524,6 @@ def write_segmentation(path: Path, mask: Tensor | Array, regions: Regions, case:
             f"mask for case {case.name}: got {array.dtype} {array.shape}, "
             f"expected bool {(len(regions), *case.shape)}: region and voxel axes of the case"
         )
-    if not path.name.endswith(NIFTI):
-        raise ValueError(f"{path}: a segmentation's name must end in .nii or .nii.gz")
     source: Any = nibabel.load(case.grid)
     header = source.header.copy()
     header.set_data_dtype(np.uint8)

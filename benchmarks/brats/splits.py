@@ -5,6 +5,7 @@ in which no patient is in two.
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -67,27 +68,19 @@ def read_split(data: BratsData, path: Path) -> Split:
         content = json.loads(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path}: not a JSON file ({error})") from error
-    if (
-        not isinstance(content, dict)
-        or not all(isinstance(names, list) for names in content.values())
-        or not all(isinstance(name, str) for names in content.values() for name in names)
-    ):
+    formed = isinstance(content, dict) and set(content) <= set(SPLITS)
+    if not formed or not all(isinstance(names, list) for names in content.values()):
         raise ValueError(f'{path}: expected {{"train": [names], "valid": [...], "test": [...]}}')
-    if strange := sorted(set(content) - set(SPLITS)):
-        raise ValueError(f"{path}: {_listed(strange)}: the splits are {', '.join(SPLITS)}")
     if not content.get("train"):
         raise ValueError(f"{path}: train is empty or not there; list the cases to train on")
-    role: dict[str, str] = {}
-    twice = []
-    for split in SPLITS:
-        for name in content.get(split, []):
-            if name in role:
-                twice.append(f"{name} ({role[name]} and {split})")
-            role[name] = split
-    if twice:
-        raise ValueError(f"{path}: listed twice: {_listed(twice)}")
-    if unknown := sorted(set(role) - {case.name for case in data.cases}):
-        raise ValueError(f"{path}: not among the cases of {data.source}: {_listed(unknown)}")
+    listed = [(str(name), split) for split in SPLITS for name in content.get(split, [])]
+    times, known = Counter(name for name, _ in listed), {case.name for case in data.cases}
+    twice = [name for name in times if times[name] > 1]
+    unknown = [name for name in times if name not in known]
+    if twice or unknown:
+        problem = "listed twice" if twice else f"not among the cases of {data.source}"
+        raise ValueError(f"{path}: {problem}: {', '.join((twice or unknown)[:10])}")
+    role = dict(listed)
     try:
         return _split(data, role)
     except ValueError as error:
@@ -143,7 +136,3 @@ def _split(data: BratsData, role: Mapping[str, str]) -> Split:
             )
         split[name].append(case)
     return split
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

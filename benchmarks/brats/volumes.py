@@ -6,7 +6,7 @@ import os
 import pickle
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -14,16 +14,12 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch._functorch.config
-import torch._inductor.config
-from monai.data.dataset import CacheDataset, PersistentDataset
-from monai.data.dataset import Dataset as PlainDataset
 from monai.transforms.compose import Compose
 from monai.transforms.croppad.dictionary import RandSpatialCropd, SpatialPadd
 from monai.transforms.spatial.dictionary import RandFlipd
-from monai.transforms.transform import Transform
 from monai.transforms.utility.dictionary import EnsureTyped
 from torch.utils.data import DataLoader, Dataset, default_collate
+from tqdm.contrib.concurrent import thread_map
 
 from benchmarks.brats.cases import (
     MODALITIES,
@@ -41,10 +37,29 @@ __all__ = ["CACHES", "NORMALISATIONS", "make_dataset", "training_batches"]
 
 CACHES = ("memory", "disk", "none")
 CLIP = (1, 99)  # percentiles of the nonzero voxels
-CACHE_FORMAT = 2  # raise when what ReadCase makes of the same files changes
+CACHE_FORMAT = 2  # raise when what a sample holds of the same files changes
 
 Array = npt.NDArray[Any]
 Sample = dict[str, Any]
+
+
+def _zscore(array: Array) -> Array:
+    inside = array != 0
+    values = array[inside]
+    values = values.clip(*np.percentile(values, CLIP)).astype(np.float32)
+    mean, std = values.mean(dtype=np.float64), values.std(dtype=np.float64)
+    result = np.zeros_like(array)
+    result[inside] = (values - mean) / (std or 1.0)  # a mask has one value: it becomes 0
+    return result
+
+
+def _minmax(array: Array) -> Array:
+    low, high = array.min(), array.max()
+    scaled: Array = (array - low) / (high - low)
+    return scaled
+
+
+NORMALISATIONS = {"zscore": _zscore, "minmax": _minmax}
 
 
 def make_dataset(
@@ -76,41 +91,48 @@ def make_dataset(
         cache_folder: for ``"disk"``; made where it does not exist.
 
     Raises:
-        ValueError: an unknown option, or a disk cache without a folder; here or on access, a file
-            that is no longer what it was when it was checked, then often as the cause of a
-            RuntimeError of MONAI's.
+        ValueError: here or on access, a file is no longer what it was when it was checked.
     """
-    if normalisation not in NORMALISATIONS:
-        raise ValueError(f"normalisation {normalisation!r}: choose from {list(NORMALISATIONS)}")
-    if cache not in CACHES:
-        raise ValueError(f"cache {cache!r}: choose from {list(CACHES)}")
-    # Not a MONAI transform, so that MONAI applies it after the cache: a caller who changes the
-    # dictionary he got changes a copy.
-    reader = ReadCase(regions, normalisation)
-    steps: list[Callable[..., Any]] = [reader, dict]
-    if cache == "none":
-        return PlainDataset(cases, Compose(steps))
+    folder = cache_folder if cache == "disk" else None
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    dataset = _Cases(cases, regions, normalisation, folder)
     if cache == "memory":
-        return CacheDataset(
-            cases,
-            steps,
-            num_workers=min(4, os.cpu_count() or 1),
-            progress=sys.stderr.isatty(),
-            copy_cache=False,  # a crop is copied anyway
+        numbers = range(len(cases))
+        threads, quiet = min(4, os.cpu_count() or 1), not sys.stderr.isatty()
+        dataset.kept = thread_map(
+            dataset.__getitem__, numbers, max_workers=threads, desc="reading cases", disable=quiet
         )
-    if cache_folder is None:
-        raise ValueError("cache 'disk': give the cache_folder to keep it in")
-    return _DiskCache(cases, reader, steps, cache_folder)
+    return dataset
 
 
-class ReadCase(Transform):
-    """Case -> sample, as :func:`make_dataset` describes it. Not resampled."""
+class _Cases(Dataset[Sample]):
+    """Samples as :func:`make_dataset` describes them. Not resampled.
 
-    def __init__(self, regions: Regions, normalisation: str) -> None:
+    Not MONAI's CacheDataset and PersistentDataset: the second moves entries from the system's
+    temporary folder, which copies where that is another file system (killed meanwhile, it leaves
+    half an entry, and fails on reading it), and reads the whole entry for every crop.
+    """
+
+    def __init__(
+        self, cases: Sequence[Case], regions: Regions, normalisation: str, folder: Path | None
+    ) -> None:
+        self.cases = cases
         self.regions = dict(regions)
         self.normalisation = normalisation
+        self.folder = folder
+        self.kept: list[Sample] = []
 
-    def __call__(self, case: Case) -> Sample:
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    def __getitem__(self, index: int) -> Sample:
+        if self.kept:
+            return dict(self.kept[index])  # who changes the dictionary he got changes a copy
+        case = self.cases[index]
+        return self._read(case) if self.folder is None else self._from_disk(case, self.folder)
+
+    def _read(self, case: Case) -> Sample:
         arrays = read_volumes(case)
         segmentation = arrays.pop(SEGMENTATION, None)
         volume = np.zeros((len(MODALITIES), *case.shape), np.float32)
@@ -127,67 +149,18 @@ class ReadCase(Transform):
             sample["label"] = torch.from_numpy(label.astype(np.uint8))
         return {**sample, "name": case.name}
 
-    def key(self, case: Case) -> str:
-        """Of everything that the sample depends on."""
-        described = [
-            CACHE_FORMAT,
-            case.name,
-            case.digest,
-            MODALITIES,
-            self.normalisation,
-            list(CLIP),
-            list(self.regions.items()),
-        ]
-        return hashlib.sha256(json.dumps(described).encode()).hexdigest()
-
-
-def _zscore(array: Array) -> Array:
-    inside = array != 0
-    values = array[inside]
-    values = values.clip(*np.percentile(values, CLIP)).astype(np.float32)
-    mean, std = values.mean(dtype=np.float64), values.std(dtype=np.float64)
-    result = np.zeros_like(array)
-    result[inside] = (values - mean) / (std or 1.0)  # a mask has one value: it becomes 0
-    return result
-
-
-def _minmax(array: Array) -> Array:
-    low, high = array.min(), array.max()
-    scaled: Array = (array - low) / (high - low)
-    return scaled
-
-
-NORMALISATIONS = {"zscore": _zscore, "minmax": _minmax}
-
-
-class _DiskCache(PersistentDataset):
-    """PersistentDataset, except for how an entry is named, written and read.
-
-    MONAI moves entries from the system's temporary folder, which copies where that is another file
-    system: killed meanwhile, it leaves half an entry, and fails on reading it. It also reads the
-    whole entry for every crop.
-    """
-
-    def __init__(
-        self,
-        cases: Sequence[Case],
-        reader: ReadCase,
-        steps: Sequence[Callable[..., Any]],
-        folder: Path,
-    ) -> None:
-        super().__init__(cases, steps, folder)
-        self.reader = reader
-        self.folder = folder
-
-    def _cachecheck(self, item_transformed: Case) -> Sample:
-        path = self.folder / f"{self.reader.key(item_transformed)}.pt"
+    def _from_disk(self, case: Case, folder: Path) -> Sample:
+        """Entries are named by everything that the sample depends on."""
+        described = [CACHE_FORMAT, case.name, case.digest, MODALITIES, self.normalisation]
+        key = json.dumps([*described, list(CLIP), list(self.regions.items())])
+        path = folder / f"{hashlib.sha256(key.encode()).hexdigest()}.pt"
         if path.is_file():
             try:
                 # mmap: pages are read when touched, and writing to them changes only memory.
                 return cast(Sample, torch.load(path, weights_only=True, mmap=True))
             except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
                 warnings.warn(f"{path}: damaged ({error}); made again", stacklevel=2)
-        sample = self.reader(item_transformed)
+        sample = self._read(case)
         with atomic_path(path) as temporary:
             torch.save(sample, temporary)
         return sample

@@ -118,6 +118,12 @@ class SentimentData:
     def remarks(self) -> list[str]:
         """What there is to know about the data before the scores are believed, in words."""
         said = []
+        if all(split.labels.abs().max() <= 1 for split in self.splits.values()):
+            said.append(
+                f"warning: {self.source}: all labels are in [-1, 1], as those of CH-SIMS: Acc-7 "
+                "then knows three classes. MMSA clips CH-SIMS's scores to [-1, 1], counts 0 as "
+                "negative, and has Acc-3 and Acc-5 of its own: its numbers cannot be compared"
+            )
         for name, split in self.splits.items():
             labels = split.labels
             where = f"warning: {self.source}: split {name!r}, key 'regression_labels'"
@@ -180,47 +186,43 @@ def load_file(path: Path, max_frames: int) -> SentimentData:
         ValueError: it is not a pickle, needs a global that is not allowed, or has another layout.
     """
     digest = file_sha256(path)
-    with path.open("rb") as file:
-        raw = _unpickle(file, path)
-    return parse(raw, source=str(path), digest=digest, max_frames=max_frames)
+    return parse(_unpickle(path), source=str(path), digest=digest, max_frames=max_frames)
 
 
 def parse(raw: Any, *, source: str, digest: str, max_frames: int) -> SentimentData:
     """Check the layout, replace non-finite values, find lengths, shorten, standardise.
 
+    Each feature gets mean 0 and standard deviation 1 over the valid frames of train; values beyond
+    +-FEATURE_LIMIT are clipped, and padding is 0.
+
     Takes ``raw`` over: changes its arrays and lets go of each once it is read, as those of MOSEI
     fill gigabytes.
     """
-    if not isinstance(raw, dict) or not set(SPLITS) <= set(raw):
-        found = sorted(map(str, raw)) if isinstance(raw, dict) else f"a {type(raw).__name__}"
-        raise ValueError(
-            f"{source}: expected a dictionary with the keys {', '.join(SPLITS)}, got {found}; "
-            "give a file in the layout of the MMSA toolkit"
-        )
-    broken = [name for name in SPLITS if not isinstance(raw[name], dict)]
-    if broken:
-        raise ValueError(
-            f"{source}: split {broken[0]!r}: expected a dictionary of arrays, "
-            f"got a {type(raw[broken[0]]).__name__}; give a file in the layout of the MMSA toolkit"
-        )
-    readers = {name: _SplitReader(source, name, raw[name]) for name in SPLITS}
-    splits = {}
-    for name, reader in readers.items():
+    splits: dict[str, Split] = {}
+    cleaning: dict[str, Any] = {}
+    for name in SPLITS:
+        part = raw.get(name) if isinstance(raw, dict) else None
+        if not isinstance(part, dict):
+            raise ValueError(
+                f"{source}: expected the splits {', '.join(SPLITS)}, each a dictionary of arrays, "
+                f"but {name!r} is missing or none; give a file in the layout of the MMSA toolkit"
+            )
+        reader = _SplitReader(source, name, part)
         splits[name] = reader.read()
+        cleaning[name] = reader.counts
         for modality in MODALITIES:
             _shorten(modality, splits[name], max_frames)
-    cleaning: dict[str, Any] = {name: reader.counts for name, reader in readers.items()}
     for modality in MODALITIES:
-        _check_widths(source, modality, splits)
+        widths = {name: split.features[modality].shape[2] for name, split in splits.items()}
+        if len(set(widths.values())) > 1:
+            raise ValueError(
+                f"{source}: key {modality!r}: the splits have different numbers of features "
+                f"({widths}); extract them in the same way"
+            )
         constant, clipped = _standardise(modality, splits)
         cleaning[f"constant_features_{modality}"] = constant
         for name, count in clipped.items():
             cleaning[name][modality]["clipped_values"] = count
-    cleaning["max_frames"] = max_frames
-    cleaning["standardised"] = (
-        "per feature with mean and std of the valid frames of train, "
-        f"clipped to +-{FEATURE_LIMIT:g}, padding set to 0"
-    )
     return SentimentData(splits, source, digest, cleaning)
 
 
@@ -231,10 +233,13 @@ class _SplitReader:
         self.source = source
         self.split = split
         self.raw = raw
-        self.counts: dict[str, dict[str, int]] = {}
+        self.counts: dict[str, dict[str, int]] = {name: {} for name in MODALITIES}
 
     def read(self) -> Split:
-        labels = self._labels()
+        key = "regression_labels"
+        labels = self._column(key, None).astype(np.float32)
+        if not np.isfinite(labels).all() or not labels.any():
+            self._fail(key, "all are 0, or some are not finite", "remove these utterances")
         features, lengths = {}, {}
         for name in MODALITIES:
             array = self._features(name, len(labels))
@@ -250,18 +255,6 @@ class _SplitReader:
             )
         return split
 
-    def _labels(self) -> Array:
-        key = "regression_labels"
-        labels = self._column(key).astype(np.float32)
-        if labels.ndim != 1 or len(labels) == 0:
-            self._fail(key, f"got shape {labels.shape}", "expected (N,) with N at least 1")
-        if not np.isfinite(labels).all():
-            bad = int((~np.isfinite(labels)).sum())
-            self._fail(key, f"got {bad} labels that are not finite", "remove these utterances")
-        if not labels.any():
-            self._fail(key, "all labels are 0", "Acc-2 without zeros needs some that are not")
-        return labels
-
     def _features(self, name: str, count: int) -> Array:
         array = self._numbers(name)
         if array.ndim != 3 or array.shape[0] != count or 0 in array.shape:
@@ -276,7 +269,7 @@ class _SplitReader:
         self.raw[name] = None  # what was read is usually a copy: free the original
         bad = ~np.isfinite(array)
         array[bad] = 0.0
-        self._count(name, "nonfinite_values", bad)
+        self.counts[name]["nonfinite_values"] = int(bad.sum())
         return array
 
     def _lengths(self, name: str, array: Array) -> Array:
@@ -285,82 +278,57 @@ class _SplitReader:
         Where the file gives a length, and that many frames at the end hold all there is, the frames
         before them are padding.
         """
-        steps = array.shape[1]
+        counts, (count, steps) = self.counts[name], array.shape[:2]
         frames = (array != 0).any(axis=2)  # (N, T)
-        masked = name == "text" and "text_bert" in self.raw
-        start, end = _extent(self._text_mask(array) if masked else frames)
-        lengths = end - start
-        if f"{name}_lengths" in self.raw and name != "text":
-            lengths = self._given_lengths(f"{name}_lengths", len(array))
-            self._count(name, "lengths_beyond_the_end", lengths > steps)
-            lengths = lengths.clip(max=steps)
+        occupied = frames
+        if name == "text" and "text_bert" in self.raw:
+            tokens = self._numbers("text_bert")
+            if tokens.shape != (count, 3, steps):
+                advice = f"expected {(count, 3, steps)}, whose row 1 masks the text's steps"
+                self._fail("text_bert", f"got shape {tokens.shape}", advice)
+            occupied = tokens[:, 1] != 0
+        first, last = occupied.argmax(axis=1), steps - occupied[:, ::-1].argmax(axis=1)
+        start, end = np.where(occupied.any(axis=1), (first, last), 0)
+        lengths: Array = end - start
+        key = f"{name}_lengths"
+        if key in self.raw and name != "text":
+            lengths = self._column(key, count)
+            if not np.isfinite(lengths).all() or (lengths < 0).any() or (lengths % 1 != 0).any():
+                self._fail(key, "got values that are no lengths", "expected whole numbers from 0")
+            counts["lengths_beyond_the_end"] = int((lengths > steps).sum())
+            lengths = lengths.astype(np.int64).clip(max=steps)
             padding = steps - lengths
             start = np.where((end > lengths) & (start >= padding), padding, 0)
-        self._count(name, "front_padded_utterances", start > 0)
+        counts["front_padded_utterances"] = int((start > 0).sum())
         for number in start.nonzero()[0]:
             for each in (array, frames):
                 each[number] = np.roll(each[number], -start[number], axis=0)
-        inside = np.arange(steps) < lengths[:, None]
-        lengths[~(frames & inside).any(axis=1)] = 0
-        self._count(name, "empty_utterances", lengths == 0)
+        lengths[~(frames & (np.arange(steps) < lengths[:, None])).any(axis=1)] = 0
+        counts["empty_utterances"] = int((lengths == 0).sum())
         return lengths
 
-    def _given_lengths(self, key: str, count: int) -> Array:
-        lengths = self._column(key)
-        if lengths.shape != (count,):
-            self._fail(key, f"got shape {lengths.shape}", f"expected ({count},)")
-        if not np.isfinite(lengths).all() or (lengths < 0).any() or (lengths % 1 != 0).any():
-            self._fail(key, "got values that are no lengths", "expected whole numbers from 0 on")
-        return lengths.astype(np.int64)
-
-    def _text_mask(self, text: Array) -> Array:
-        tokens = self._numbers("text_bert")
-        if tokens.shape != (len(text), 3, text.shape[1]):
-            self._fail(
-                "text_bert",
-                f"got shape {tokens.shape}",
-                f"expected {(len(text), 3, text.shape[1])}, whose row 1 masks the text's steps",
-            )
-        mask: Array = tokens[:, 1] != 0
-        return mask
-
-    def _column(self, key: str) -> Array:
+    def _column(self, key: str, count: int | None) -> Array:
         """One number per utterance: (N,), or (N, 1) and (N, 1, 1) as other toolkits write it."""
         array = self._numbers(key)
-        return array.reshape(-1) if array.ndim > 1 and array.size == len(array) else array
+        column = array.reshape(-1) if array.size == len(array) else array
+        if column.ndim != 1 or not len(column) or len(column) != (count or len(column)):
+            self._fail(key, f"got shape {array.shape}", f"expected ({count or 'N'},)")
+        return column
 
     def _numbers(self, key: str) -> Array:
         if key not in self.raw:
             found = ", ".join(sorted(map(str, self.raw)))
             self._fail(key, f"missing; the split has {found}", "all three modalities are needed")
         try:
-            array = np.asarray(_unwrap(self.raw[key]))
+            array = np.atleast_1d(_unwrap(self.raw[key]))
         except ValueError as error:  # a ragged list
             self._fail(key, f"not one array ({error})", "expected an array of numbers")
         if array.dtype.kind not in "biuf":
             self._fail(key, f"got dtype {array.dtype}", "expected an array of numbers")
         return array
 
-    def _count(self, name: str, what: str, where: Array) -> None:
-        self.counts.setdefault(name, {})[what] = int(where.sum())
-
     def _fail(self, key: str, got: str, advice: str) -> NoReturn:
         raise ValueError(f"{self.source}: split {self.split!r}, key {key!r}: {got}; {advice}")
-
-
-def _extent(occupied: Array) -> tuple[Array, Array]:
-    """(N, T) -> the first occupied step and the one after the last, (N,) each; 0, 0 if none is."""
-    last = occupied.shape[1] - occupied[:, ::-1].argmax(axis=1)
-    return occupied.argmax(axis=1), np.where(occupied.any(axis=1), last, 0)
-
-
-def _check_widths(source: str, modality: str, splits: dict[str, Split]) -> None:
-    widths = {name: split.features[modality].shape[2] for name, split in splits.items()}
-    if len(set(widths.values())) > 1:
-        raise ValueError(
-            f"{source}: key {modality!r}: the splits have different numbers of features "
-            f"({widths}); extract them in the same way"
-        )
 
 
 def _shorten(modality: str, split: Split, frames: int) -> None:
@@ -418,10 +386,31 @@ def _valid(features: Tensor, lengths: Tensor) -> Tensor:
 # --- reading a pickle without running it ---------------------------------------------------------
 
 
-def _unpickle(file: Any, path: Path) -> Any:
+class _Unpickler(pickle.Unpickler):
+    """Knows numpy arrays, scalars and latin-1 bytes, by stand-ins for numpy's own.
+
+    Those would trust the file with raw memory: a dtype in it may say that bytes are pointers.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        stand_in = _ALLOWED.get((module.replace("numpy.core", "numpy._core"), name))
+        if stand_in is None:
+            raise _Refused(
+                f"the pickle asks for {module}.{name}, which is refused: only numpy arrays and "
+                "plain Python values are read; convert the file, if you trust where it came from"
+            )
+        return stand_in
+
+
+class _Refused(pickle.UnpicklingError):
+    """The pickle asks for something that is not on the list."""
+
+
+def _unpickle(path: Path) -> Any:
     try:
-        # latin1: how arrays written by Python 2 have to be read; no effect on later pickles.
-        return _Unpickler(file, encoding="latin1").load()
+        with path.open("rb") as file:
+            # latin1: how arrays written by Python 2 have to be read; no effect on later pickles.
+            return _Unpickler(file, encoding="latin1").load()
     except _Refused as error:
         raise ValueError(f"{path}: {error}") from None
     except (OSError, MemoryError):
@@ -432,10 +421,6 @@ def _unpickle(file: Any, path: Path) -> Any:
             f"{path}: not a readable pickle ({type(error).__name__}: {error}); "
             "it may be cut off or in another format: fetch it again"
         ) from error
-
-
-class _Refused(pickle.UnpicklingError):
-    """The pickle asks for something that is not on the list."""
 
 
 class _Dtype:
@@ -451,16 +436,19 @@ class _Dtype:
 
 
 class _Array:
-    """Stands in for numpy.ndarray, whose own unpickling trusts the file with raw memory."""
+    """Stands in for numpy.ndarray; whatever makes an empty one, BUILD fills it."""
 
     value: Array = np.empty(0)  # until BUILD comes, which a damaged file may leave out
 
+    def __init__(self, *_: Any) -> None:
+        pass
+
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, dtype, fortran, content = state
-        self.value = _build_array(content, dtype, shape, "F" if fortran else "C")
+        self.value = _build(content, dtype, shape, "F" if fortran else "C")
 
 
-def _build_array(content: Any, dtype: _Dtype, shape: Any, order: Any) -> Array:
+def _build(content: Any, dtype: _Dtype, shape: Any, order: Any) -> Array:
     if dtype.dtype.kind == "O":
         flat = np.empty(len(content), object)
         flat[:] = list(content)
@@ -471,19 +459,7 @@ def _build_array(content: Any, dtype: _Dtype, shape: Any, order: Any) -> Array:
     return flat.reshape(shape, order=order)
 
 
-def _reconstruct(subtype: Any, shape: Any, typecode: Any) -> _Array:
-    return _Array()  # numpy's would be filled by BUILD too: the arguments say nothing yet
-
-
-def _frombuffer(content: Any, dtype: _Dtype, shape: Any, order: Any) -> Array:
-    return _build_array(content, dtype, shape, order)
-
-
-def _scalar(dtype: _Dtype, content: Any) -> Any:
-    return _build_array(content, dtype, (1,), "C")[0]
-
-
-def _latin1(text: str, encoding: str) -> bytes:
+def _encode(text: str, encoding: str) -> bytes:
     if encoding != "latin1":
         raise _Refused(f"_codecs.encode to {encoding!r} is refused; only latin1 is allowed")
     return text.encode("latin1")
@@ -492,27 +468,11 @@ def _latin1(text: str, encoding: str) -> bytes:
 _ALLOWED: dict[tuple[str, str], Any] = {
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Dtype,
-    ("_codecs", "encode"): _latin1,
-    **{
-        (f"numpy.{core}.{module}", name): stand_in
-        for core in ("core", "_core")  # before and since numpy 2
-        for module, name, stand_in in (
-            ("multiarray", "_reconstruct", _reconstruct),
-            ("multiarray", "scalar", _scalar),
-            ("numeric", "_frombuffer", _frombuffer),
-        )
-    },
+    ("_codecs", "encode"): _encode,
+    ("numpy._core.multiarray", "_reconstruct"): _Array,
+    ("numpy._core.multiarray", "scalar"): lambda dtype, content: _build(content, dtype, 1, "C")[0],
+    ("numpy._core.numeric", "_frombuffer"): _build,
 }
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ALLOWED:
-            raise _Refused(
-                f"the pickle asks for {module}.{name}, which is refused: only numpy arrays and "
-                "plain Python values are read; convert the file, if you trust where it came from"
-            )
-        return _ALLOWED[module, name]
 
 
 def _unwrap(value: Any) -> Any:
@@ -529,22 +489,15 @@ def _unwrap(value: Any) -> Any:
 # --- the synthetic set ---------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Signal:
-    """How one synthetic modality carries the sentiment."""
-
-    width: int
-    steps: tuple[int, int]  # shortest and longest utterance
-    noise: float  # std of what is added to the sentiment before it is written into the frames
-    share: float  # of the frames that carry it
-
-
-# Correlation with the label: text about 0.9, audio about 0.45, vision about 0.4. The weak two are
-# noisy as a whole, not per frame, so that averaging over frames does not make them strong.
+# How each modality carries the sentiment: feature width; shortest and longest utterance; standard
+# deviation of what is added to the sentiment before it is written into the frames; share of the
+# frames that carry it. Correlation with the label: text about 0.9, audio about 0.45, vision about
+# 0.4. The weak two are noisy as a whole, not per frame, so that averaging over frames does not make
+# them strong.
 _SIGNALS = {
-    "text": _Signal(width=24, steps=(6, 20), noise=0.7, share=0.3),
-    "audio": _Signal(width=8, steps=(4, 12), noise=3.0, share=1.0),
-    "vision": _Signal(width=12, steps=(3, 10), noise=3.4, share=1.0),
+    "text": (24, (6, 20), 0.7, 0.3),
+    "audio": (8, (4, 12), 3.0, 1.0),
+    "vision": (12, (3, 10), 3.4, 1.0),
 }
 _SYNTHETIC_SIZES = {"train": 320, "valid": 96, "test": 160}
 
@@ -563,44 +516,24 @@ def synthetic_layout(seed: int = 0) -> dict[str, dict[str, Any]]:
     """What a pickle of the synthetic set would hold."""
     random = np.random.default_rng(seed)
     directions = {
-        name: random.standard_normal(signal.width) / np.sqrt(signal.width)
-        for name, signal in _SIGNALS.items()
+        name: random.standard_normal(width) / np.sqrt(width)
+        for name, (width, *_) in _SIGNALS.items()
     }
-    return {
-        split: _synthetic_split(random, split, count, directions)
-        for split, count in _SYNTHETIC_SIZES.items()
-    }
-
-
-def _synthetic_split(
-    random: np.random.Generator, split: str, count: int, directions: dict[str, Array]
-) -> dict[str, Any]:
-    sentiment = np.clip(random.normal(0.2, 1.5, count), -3, 3)
-    labels = (sentiment * 5).round() / 5  # annotators' averages come in fifths, zeros included
-    layout: dict[str, Any] = {
-        "id": [f"{split}$_${i}" for i in range(count)],
-        "raw_text": [f"synthetic utterance {i}" for i in range(count)],
-        "annotations": [("Negative", "Neutral", "Positive")[int(np.sign(y)) + 1] for y in labels],
-        "classification_labels": (np.sign(labels) + 1).astype(np.float32),
-        "regression_labels": labels.astype(np.float32),
-    }
-    for name, signal in _SIGNALS.items():
-        frames, lengths = _synthetic_frames(random, signal, sentiment, directions[name])
-        layout[name] = frames
-        if name != "text":
-            layout[f"{name}_lengths"] = lengths
+    layout: dict[str, dict[str, Any]] = {}
+    for split, count in _SYNTHETIC_SIZES.items():
+        sentiment = np.clip(random.normal(0.2, 1.5, count), -3, 3)
+        # Annotators' averages come in fifths, zeros included.
+        labels = ((sentiment * 5).round() / 5).astype(np.float32)
+        layout[split] = {"regression_labels": labels}
+        for name, (width, (shortest, longest), noise, share) in _SIGNALS.items():
+            lengths = random.integers(shortest, longest, count, endpoint=True)
+            heard = sentiment + random.normal(0, noise, count)
+            frames = random.standard_normal((count, longest, width))
+            carries = random.random((count, longest)) < share
+            carries[:, 0] = True
+            frames += 2 * heard[:, None, None] * carries[:, :, None] * directions[name]
+            frames[np.arange(longest) >= lengths[:, None]] = 0.0
+            layout[split][name] = frames.astype(np.float32)
+            if name != "text":
+                layout[split][f"{name}_lengths"] = lengths.tolist()
     return layout
-
-
-def _synthetic_frames(
-    random: np.random.Generator, signal: _Signal, sentiment: Array, direction: Array
-) -> tuple[Array, list[int]]:
-    count, longest = len(sentiment), signal.steps[1]
-    lengths = random.integers(signal.steps[0], longest, count, endpoint=True)
-    heard = sentiment + random.normal(0, signal.noise, count)
-    frames = random.standard_normal((count, longest, signal.width))
-    carries = random.random((count, longest)) < signal.share
-    carries[:, 0] = True
-    frames += 2 * heard[:, None, None] * carries[:, :, None] * direction
-    frames[np.arange(longest) >= lengths[:, None]] = 0.0
-    return frames.astype(np.float32), lengths.tolist()

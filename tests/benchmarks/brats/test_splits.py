@@ -27,10 +27,6 @@ def names_of(split: dict[str, list[Case]]) -> dict[str, list[str]]:
     return {name: [case.name for case in cases] for name, cases in split.items()}
 
 
-def patients_of(cases: list[Case]) -> set[str]:
-    return {case.patient for case in cases}
-
-
 # --- k-fold --------------------------------------------------------------------------------------
 
 
@@ -45,48 +41,31 @@ def cohorts(draw: st.DrawFn) -> tuple[list[tuple[str, str]], int]:
 @given(cohort=cohorts(), seed=st.integers(0, 2**32 - 1))
 def test_laws_of_the_folds(cohort: tuple[list[tuple[str, str]], int], seed: int) -> None:
     cases, folds = cohort
-    names, patients = [name for name, _ in cases], [patient for _, patient in cases]
-    data = data_of(names, patients)
-    sorted_data = data_of(*map(list, zip(*sorted(cases), strict=True)))
+    data, sorted_data = (data_of(*map(list, zip(*c, strict=True))) for c in (cases, sorted(cases)))
+    everyone = {patient for _, patient in cases}
     splits = [split_cases(data, seed=seed, folds=folds, fold=fold) for fold in range(folds)]
     for fold, split in enumerate(splits):
-        assert list(split) == ["train", "valid", "test"]
         listed = names_of(split)
-        assert sorted(sum(listed.values(), [])) == sorted(names)
+        assert list(listed) == ["train", "valid", "test"]
+        assert sorted(sum(listed.values(), [])) == sorted(name for name, _ in cases)
         assert all(part and part == sorted(part) for part in listed.values())
-        train, valid, test = (patients_of(part) for part in split.values())
+        train, valid, test = ({case.patient for case in part} for part in split.values())
         assert not (train & valid or train & test or valid & test)
-        assert len(patients_of(data_cases(data))) // folds <= len(test)
-        assert len(test) <= -(-len(patients_of(data_cases(data))) // folds)
-        assert valid == patients_of(splits[(fold + 1) % folds]["test"])
+        assert len(everyone) // folds <= len(test) <= -(-len(everyone) // folds)
+        assert valid == {case.patient for case in splits[(fold + 1) % folds]["test"]}
         again = split_cases(sorted_data, seed=seed, folds=folds, fold=fold)
         assert names_of(again) == listed
-    tested = sum((names_of(split)["test"] for split in splits), [])
-    assert sorted(tested) == sorted(names)
-
-
-def data_cases(data: BratsData) -> list[Case]:
-    return list(data.cases)
 
 
 def test_the_seed_decides() -> None:
     data = data_of([f"case{number:02}" for number in range(20)])
-    drawn = {
-        tuple(names_of(split_cases(data, seed=seed, folds=5, fold=0))["test"]) for seed in range(20)
-    }
-    assert len(drawn) > 10
     # Pinned: results that were published must be found again.
     assert names_of(split_cases(data, seed=0, folds=5, fold=0)) == {
         "train": [f"case{n:02}" for n in (0, 2, 3, 4, 5, 7, 9, 11, 12, 14, 15, 16)],
         "valid": ["case06", "case10", "case13", "case17"],
         "test": ["case01", "case08", "case18", "case19"],
     }
-
-
-def test_three_patients_are_enough() -> None:
-    data = data_of(["openms_07", "openms_19", "openms_26"])
-    split = split_cases(data, seed=0, folds=3, fold=0)
-    assert [len(part) for part in split.values()] == [1, 1, 1]
+    assert split_cases(data, seed=1, folds=5, fold=0) != split_cases(data, seed=0, folds=5, fold=0)
 
 
 @pytest.mark.parametrize(
@@ -105,12 +84,8 @@ def test_folds_that_cannot_be(folds: int, fold: int, message: str) -> None:
 
 
 def test_two_patients_are_not_told_to_take_fewer_folds() -> None:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=r"2 patient\(s\) cannot fill .*; add patients, or list"):
         split_cases(data_of(["a_1", "a_2", "b"], ["a", "a", "b"]), seed=0, folds=3, fold=0)
-    assert str(caught.value) == (
-        "somewhere: 2 patient(s) cannot fill train, validation and test; "
-        "add patients, or list the cases of two for train and test in a file (--split FILE)"
-    )
 
 
 # --- from a file ---------------------------------------------------------------------------------
@@ -134,16 +109,14 @@ def test_a_file_of_names(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("{", "not a JSON file"),
-        ("\x00", "not a JSON file"),
         ([], "expected {"),
         ({"train": "b"}, "expected {"),
-        ({"train": [1]}, "expected {"),
-        ({"train": ["b"], "validation": ["c"]}, "validation: the splits are train, valid, test"),
+        ({"train": [1]}, "not among the cases of somewhere: 1"),
+        ({"train": ["b"], "validation": ["c"]}, "expected {"),
         ({"train": [], "test": ["b"]}, "train is empty"),
-        ({"test": ["b"]}, "train is empty"),
         ({"train": ["b", "e", "f"]}, "not among the cases of somewhere: e, f"),
-        ({"train": ["b"], "test": ["b", "c"]}, "listed twice: b (train and test)"),
-        ({"train": ["b", "b"]}, "listed twice: b (train and train)"),
+        ({"train": ["b"], "test": ["b", "c"]}, "listed twice: b"),
+        ({"train": ["b", "b"]}, "listed twice: b"),
         ({"train": ["b", "a_1"], "test": ["a_2"]}, "patient a has cases in train and test"),
     ],
 )
@@ -154,24 +127,15 @@ def test_a_file_that_cannot_be_meant(tmp_path: Path, content: Any, message: str)
     assert message in str(caught.value)
 
 
-def test_no_file(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        read_split(data_of(["a"]), tmp_path / "split.json")
-
-
 # --- the released protocol -----------------------------------------------------------------------
 
 
 def brats_2018(count: int = 285, prefix: str = "Brats18_") -> BratsData:
     """Names in which sorting by path and by name differ: 75 LGG names lie between the HGG ones."""
     names = [f"{prefix}TCIA{number:03}_1" for number in range(count)]
-    cases = [
-        case
-        for number, name in enumerate(names)
-        for case in data_of(
-            [name], folder="LGG" if number % 4 == 1 and number < 300 else "HGG"
-        ).cases
-    ]
+    folders = ("LGG" if number % 4 == 1 and number < 300 else "HGG" for number in range(count))
+    made = [data_of([name], folder=folder) for name, folder in zip(names, folders, strict=True)]
+    cases = [case for data in made for case in data.cases]
     return BratsData("2018", tuple(cases), REGIONS, "", False)
 
 

@@ -1,7 +1,6 @@
 """BraTS cases as tensors: normalisation, caches that never lie, crops that depend on seeds only."""
 
 import itertools
-import os
 import random
 import signal
 import subprocess
@@ -91,24 +90,6 @@ def test_samples(data: BratsData, tmp_path: Path, cache: str) -> None:
                 np.testing.assert_array_equal(channel, np.isin(seg, labels))
 
 
-def test_caches_hold_what_is_read(data: BratsData, tmp_path: Path) -> None:
-    plain, memory, disk = (
-        dataset_of(data, tmp_path, cache) for cache in ("none", "memory", "disk")
-    )
-    for number in range(3):
-        assert_same(plain[number], memory[number])
-        assert_same(plain[number], disk[number])
-        assert_same(plain[number], disk[number])
-
-
-def test_labels_follow_the_regions_given(data: BratsData, tmp_path: Path) -> None:
-    regions = {"core": (1, 4), "oedema": (2,)}
-    dataset = make_dataset(data.cases, regions, normalisation="zscore", cache="none")
-    seg = arrays()["seg"]
-    expected = np.stack([(seg == 1) | (seg == 4), seg == 2])
-    np.testing.assert_array_equal(dataset[0]["label"], expected)
-
-
 def test_zscore(tmp_path: Path) -> None:
     array = np.random.default_rng(0).normal(200, 90, (9, 10, 11)).astype(np.float32)
     array[:3] = 0
@@ -149,15 +130,6 @@ def test_minmax(tmp_path: Path) -> None:
     array[3] = -10
     found = one_volume(tmp_path, array, "minmax")
     assert [np.unique(plane).tolist() for plane in found[:4]] == [[0.25], [0.25], [1.0], [0.0]]
-
-
-def test_options_that_are_not_there(data: BratsData) -> None:
-    with pytest.raises(ValueError, match=r"normalisation 'max': choose from \['zscore', 'minmax'"):
-        make_dataset(data.cases, REGIONS, normalisation="max", cache="none")
-    with pytest.raises(ValueError, match="cache 'ssd': choose from"):
-        make_dataset(data.cases, REGIONS, normalisation="zscore", cache="ssd")
-    with pytest.raises(ValueError, match="give the cache_folder"):
-        make_dataset(data.cases, REGIONS, normalisation="zscore", cache="disk")
 
 
 # --- caches --------------------------------------------------------------------------------------
@@ -201,8 +173,8 @@ def test_disk_entries_belong_to_contents_and_options(data: BratsData, tmp_path: 
     assert entries(tmp_path) == first
     minmax = dataset_of(data, tmp_path, "disk", "minmax")
     assert_same(minmax[0], dataset_of(data, tmp_path, "none", "minmax")[0])
-    other = replace(data, regions={"core": (1, 4)})
-    assert dataset_of(other, tmp_path, "disk")[0]["label"].shape == (1, *SHAPE)
+    other = dataset_of(replace(data, regions={"core": (1, 4)}), tmp_path, "disk")
+    np.testing.assert_array_equal(other[0]["label"][0], np.isin(arrays()["seg"], (1, 4)))
     renamed = replace(data, regions=dict(reversed(REGIONS.items())))
     label = dataset_of(data, tmp_path, "disk")[0]["label"]
     assert torch.equal(dataset_of(renamed, tmp_path, "disk")[0]["label"], label.flip(0))
@@ -214,13 +186,7 @@ def test_disk_entries_belong_to_contents_and_options(data: BratsData, tmp_path: 
     assert len(entries(tmp_path)) == 5
 
 
-def test_disk_entries_hold_no_code(data: BratsData, tmp_path: Path) -> None:
-    sample = dataset_of(data, tmp_path, "disk")[0]
-    (path,) = (tmp_path / "cache").iterdir()
-    assert_same(torch.load(path, weights_only=True), sample)
-
-
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.999])
 def test_a_damaged_disk_entry_is_made_again(data: BratsData, tmp_path: Path, share: float) -> None:
     sample = dataset_of(data, tmp_path, "disk")[0]
     expected = {key: torch.as_tensor(value) for key, value in sample.items() if key != "name"}
@@ -235,18 +201,6 @@ def test_a_damaged_disk_entry_is_made_again(data: BratsData, tmp_path: Path, sha
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert_same(dataset_of(data, tmp_path, "disk")[0], again)
-
-
-def test_what_a_killed_process_leaves_is_not_an_entry(data: BratsData, tmp_path: Path) -> None:
-    (tmp_path / "cache").mkdir()
-    expected = dataset_of(data, tmp_path)[0]
-    dataset_of(data, tmp_path, "disk")[0]
-    (path,) = (tmp_path / "cache").iterdir()
-    # A process that is killed while it writes leaves its temporary file, which has its own name.
-    path.rename(path.with_name(f".{path.stem}-12345.pt"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert_same(dataset_of(data, tmp_path, "disk")[0], expected)
 
 
 @pytest.mark.slow
@@ -283,20 +237,11 @@ def test_a_file_that_changed_after_the_check_is_not_trained_on(
     data: BratsData, tmp_path: Path, cache: str
 ) -> None:
     write(tmp_path / "data/case0/case0_t2.nii.gz", arrays(5)["t2"])
-    with pytest.raises((ValueError, RuntimeError)) as caught:
+    with pytest.raises(ValueError, match="case0: its files have changed since they were checked"):
         dataset_of(data, tmp_path, cache)[0]
-    error: BaseException | None = caught.value
-    while error is not None and "case0" not in str(error):
-        error = error.__cause__
-    assert error is not None
-    assert "have changed since they were checked" in str(error)
 
 
 # --- training batches ----------------------------------------------------------------------------
-
-
-def collect(batches: Iterable[Sample]) -> list[Sample]:
-    return list(batches)
 
 
 def assert_same_batches(one: Iterable[Sample], other: Iterable[Sample]) -> None:
@@ -322,37 +267,21 @@ def test_batches(data: BratsData, tmp_path: Path) -> None:
             assert available == [True, name != "case1", True, True]
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_batches_are_the_same_for_any_number_of_workers(
-    data: BratsData, tmp_path: Path, workers: int
-) -> None:
+def test_batches_depend_on_seed_and_epoch_and_nothing_else(data: BratsData, tmp_path: Path) -> None:
+    options = {"crop": 4, "batch_size": 2, "seed": 3, "epoch": 5}
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    expected = list(training_batches(dataset_of(data, tmp_path), **options))
     dataset = dataset_of(data, tmp_path, "disk")
-    options = {"crop": 4, "batch_size": 2, "seed": 3, "epoch": 5}
-    expected = collect(training_batches(dataset, **options))
-    assert_same_batches(expected, training_batches(dataset, workers=workers, **options))
-
-
-def test_batches_are_the_same_whatever_was_drawn_before(data: BratsData, tmp_path: Path) -> None:
-    options = {"crop": 4, "batch_size": 2, "seed": 3, "epoch": 5}
-    expected = collect(training_batches(dataset_of(data, tmp_path), **options))
-    dataset = dataset_of(data, tmp_path, "memory")
     batches = training_batches(dataset, **options)
     assert_same_batches(expected, batches)
     assert_same_batches(expected, batches)  # a second pass over the same epoch
-    collect(training_batches(dataset, **{**options, "epoch": 6}))
+    assert_same_batches(expected, training_batches(dataset, workers=2, **options))
+    after = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    assert torch.equal(before[0], after[0]) and before[1:] == after[1:], "global generators"
+    list(training_batches(dataset, **{**options, "epoch": 6}))
     torch.rand(3)
     np.random.rand(3)
     assert_same_batches(expected, training_batches(dataset, **options))
-
-
-def test_global_generators_are_left_alone(data: BratsData, tmp_path: Path) -> None:
-    dataset = dataset_of(data, tmp_path, "memory")
-    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
-    for workers in (0, 1):
-        collect(training_batches(dataset, crop=4, batch_size=2, seed=0, epoch=0, workers=workers))
-    after = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
-    assert torch.equal(before[0], after[0])
-    assert before[1:] == after[1:]
 
 
 def test_seeds_and_epochs_differ(data: BratsData, tmp_path: Path) -> None:
@@ -366,14 +295,6 @@ def test_seeds_and_epochs_differ(data: BratsData, tmp_path: Path) -> None:
     assert len({names for names, _ in drawn}) > 3
 
 
-def test_cases_of_an_epoch_differ_in_crop_and_flips(tmp_path: Path) -> None:
-    for number in range(6):
-        write_case(tmp_path / f"data/case{number}", arrays(0))
-    dataset = dataset_of(load_folder(tmp_path / "data", REGIONS), tmp_path, "memory")
-    (batch,) = training_batches(dataset, crop=3, batch_size=6, seed=0, epoch=0)
-    assert len({volume.numpy().tobytes() for volume in batch["volume"]}) > 4
-
-
 def coordinates_case(folder: Path, shape: tuple[int, int, int]) -> BratsData:
     """A case whose t1 at voxel i is i + 1 in reading order, and whose labels follow from it."""
     numbers = np.arange(1, np.prod(shape) + 1).reshape(shape)
@@ -383,44 +304,28 @@ def coordinates_case(folder: Path, shape: tuple[int, int, int]) -> BratsData:
     return load_folder(folder, REGIONS)
 
 
-def test_crops_are_pieces_of_the_volume_drawn_uniformly(tmp_path: Path) -> None:
-    shape, crop = (5, 4, 3), 3
-    data = coordinates_case(tmp_path, shape)
-    dataset = dataset_of(data, tmp_path, "memory", "minmax")
+def test_crops_are_pieces_of_the_volume_drawn_uniformly_and_flipped(tmp_path: Path) -> None:
+    """Place and flip are independent: else a flip would tell where the crop was."""
+    shape, crop = (4, 4, 3), 3
+    dataset = dataset_of(coordinates_case(tmp_path, shape), tmp_path, "memory", "minmax")
     whole = dataset[0]
-    places: Counter[tuple[int, ...]] = Counter()
-    flips: Counter[tuple[bool, ...]] = Counter()
-    for epoch in range(600):
+    drawn: Counter[tuple[Any, ...]] = Counter()
+    for epoch in range(160):
         (batch,) = training_batches(dataset, crop=crop, batch_size=1, seed=0, epoch=epoch)
         volume, label = batch["volume"][0], batch["label"][0]
-        steps = [volume[0].diff(dim=axis).mean() for axis in range(3)]
-        flipped = tuple(bool(step < 0) for step in steps)
+        flipped = tuple(bool(volume[0].diff(dim=axis).mean() < 0) for axis in range(3))
         axes = [axis for axis, turned in zip((-3, -2, -1), flipped, strict=True) if turned]
         volume, label = volume.flip(axes), label.flip(axes)
-        start = np.unravel_index(
-            int((whole["volume"][0] == volume[0, 0, 0, 0]).int().argmax()), shape
-        )
-        window = (slice(None), *(slice(int(at), int(at) + crop) for at in start))
+        place = int((whole["volume"][0] == volume[0, 0, 0, 0]).int().argmax())
+        start = tuple(map(int, np.unravel_index(place, shape)))
+        window = (slice(None), *(slice(at, at + crop) for at in start))
         assert torch.equal(volume, whole["volume"][window])
         assert torch.equal(label, whole["label"][window])
-        places[tuple(map(int, start))] += 1
-        flips[flipped] += 1
-    assert set(places) == set(itertools.product(range(3), range(2), range(1)))
-    assert len(flips) == 8
-    assert all(abs(count - 100) < 40 for count in places.values())  # 600 over 6; std is 9
-    assert all(abs(count - 75) < 35 for count in flips.values())  # 600 over 8; std is 8
-
-
-def test_crop_and_flip_do_not_hang_together(tmp_path: Path) -> None:
-    """Each transform has numbers of its own: else a flip would tell where the crop was."""
-    data = coordinates_case(tmp_path, (4, 3, 3))
-    dataset = dataset_of(data, tmp_path, "memory", "minmax")
-    seen = set()
-    for epoch in range(60):
-        (batch,) = training_batches(dataset, crop=3, batch_size=1, seed=1, epoch=epoch)
-        volume = batch["volume"][0, 0]
-        seen.add((float(volume.min()) > 0, bool(volume[0, 0, 0] > volume[-1, 0, 0])))
-    assert len(seen) == 4
+        drawn[start, flipped] += 1
+    assert len(drawn) == 4 * 8
+    for part, size in ((0, 4), (1, 8)):
+        counts = Counter(key[part] for key in drawn.elements())
+        assert all(abs(count - 160 / size) < 24 for count in counts.values())  # std is 5.5 at most
 
 
 def test_what_is_smaller_than_the_crop_gets_zeros_around_it(tmp_path: Path) -> None:
@@ -438,25 +343,10 @@ def test_what_is_smaller_than_the_crop_gets_zeros_around_it(tmp_path: Path) -> N
         assert set(volume[0][occupied].tolist()) <= set(whole["volume"][0].flatten().tolist())
 
 
-def test_a_worker_is_really_another_process(data: BratsData, tmp_path: Path) -> None:
-    class Where(Dataset[Sample]):
-        def __len__(self) -> int:
-            return 3
-
-        def __getitem__(self, index: int) -> Sample:
-            return {**dataset[index], "name": str(os.getpid())}
-
-    dataset = dataset_of(data, tmp_path)
-    options = {"crop": 3, "batch_size": 3, "seed": 0, "epoch": 0}
-    (here,) = training_batches(Where(), **options)
-    (there,) = training_batches(Where(), workers=1, **options)
-    assert set(here["name"]) == {str(os.getpid())}
-    assert str(os.getpid()) not in there["name"]
-
-
 # --- real cases ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real cases are not in ../shared/data/openms")
 def test_real_cases() -> None:
     data = load_folder(REAL, read_regions("lesion=1"), workers=2)
