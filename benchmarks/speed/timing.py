@@ -86,14 +86,14 @@ class Clock:
     def _samples(self, contenders: Mapping[str, Contender]) -> dict[str, list[tuple[float, float]]]:
         names, left = list(contenders), dict[str, int]()
         for name in names:
-            gc.collect()
+            gc.collect(1)  # what a run leaves behind is young
             _, taken = contenders[name].run(self.synchronise)
             fewer = 1 if taken > self.very_slow else 3 if taken > self.slow else self.rounds
             left[name] = min(fewer, self.rounds)
             self.tick()
         samples = {name: list[tuple[float, float]]() for name in names}
         for number in range(self.rounds):
-            gc.collect()
+            gc.collect(1)
             first = number % len(names)
             for name in names[first:] + names[:first]:
                 if number < left[name]:

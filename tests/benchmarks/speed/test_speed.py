@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.speed import __main__ as speed
-from benchmarks.speed import ways
+from benchmarks.speed import memory, ways
 from benchmarks.speed.goals import goals
-from benchmarks.speed.memory import LiveBytes, in_own_process, live_bytes, resident_growth
+from benchmarks.speed.memory import LiveBytes, live_bytes, resident_growth
 from benchmarks.speed.ranks import CLOSURES, DDP, SHARED, Traffic
 from benchmarks.speed.report import write_report
 from benchmarks.speed.tasks import EncodersTask, MLPTask, Rows, SentimentTask, Task, UNetTask
@@ -128,8 +128,10 @@ def test_private_encoders_cost_a_gradient_or_two_more_than_a_plain_loop() -> Non
     assert 1.0 <= plain <= 1.2 and plain + 0.5 <= ours <= plain + 2.2
 
 
-def test_memory_is_measured_in_a_process_of_its_own() -> None:
-    rows = in_own_process([ways.PLAIN, ways.BATCHED], TINY.memory, layers=4, modalities=1)
+def test_memory_of_a_way_is_that_of_every_model_it_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    names, threads = [ways.PLAIN, ways.BATCHED], torch.get_num_threads()
+    memory.main(json.dumps([names, TINY.memory, 4, 1, threads]))  # what the child process runs
+    rows = json.loads(capsys.readouterr().out)
     assert [(row["way"], row["task"]) for row in rows] == [
         (ways.PLAIN, "MLP"), (ways.PLAIN, "U-Net"), (ways.BATCHED, "U-Net"),
         (ways.PLAIN, "encoders"),
@@ -251,22 +253,6 @@ def test_sampled_losses_change_from_step_to_step() -> None:
     assert {len(draw) for draw in draws} == {5} and len(set(draws)) > 1
 
 
-def test_every_scene_times_the_ways_that_fit() -> None:
-    rows = speed.run_parts(["step"], TINY, CPU)
-    forwards = [row for row in rows if row["task"] == "forwards"]
-    assert {row["way"] for row in forwards} == set(ways.FORWARDS)
-    timed: dict[Any, set[str]] = {}
-    for row in rows[: -len(forwards)]:
-        timed.setdefault((row["task"], row["apart"]), set()).add(row["way"])
-        assert len(row["seconds"]) == len(row["forward"]) == 1
-    everything, shared_only = set(ways.WAYS), {ways.BATCHED, "TorchJD mtl_backward"}
-    for name in ("U-Net", "sentiment", "MLP", "small MLP"):
-        assert timed[name, False] == everything - ({ways.BATCHED} if name != "U-Net" else set())
-        assert timed[name, True] == everything - shared_only
-    (small,) = {(r["tensors"], r["m"], r["n"]) for r in rows if r["task"] == "small MLP"}
-    assert small == (6, 4, 2 * (64 * 64 + 64) + 64 * 4 + 4)
-
-
 # --- many ranks -----------------------------------------------------------------------------------
 
 
@@ -286,6 +272,7 @@ def test_what_collectives_send_is_counted(tmp_path: Path) -> None:
     assert traffic.messages == [24]
 
 
+@pytest.mark.slow  # tests/distributed/test_cost.py keeps the law in every run
 def test_what_two_ranks_send_is_what_the_formula_says() -> None:
     rows = speed.run_parts(["ranks"], dataclasses.replace(TINY, memory=(64, 8, 16)), CPU)
     assert [row["way"] for row in rows] == [CLOSURES, SHARED, DDP]
@@ -375,29 +362,62 @@ def test_goals_say_what_was_reached(
 # --- the command ----------------------------------------------------------------------------------
 
 
-def test_two_parts_from_the_command_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = tmp_path / "speed"
-    arguments = ["--preset", "quick", "--parts", "growth,projection", "--out", str(folder)]
-    assert speed.main(arguments) == 0
-    assert {path.name for path in folder.iterdir()} == {
-        "projection.png", "results.json", "table.md"
-    }  # fmt: skip
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the command writes of the parts that take no other process."""
+    folder = tmp_path_factory.mktemp("run") / "speed"
+    arguments = ["--preset", "quick", "--parts", "step,growth,projection", "--out", str(folder)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(speed.PRESETS, "quick", TINY)
+        assert speed.main(arguments) == 0
+    return folder
+
+
+def test_every_scene_times_the_ways_that_fit(folder: Path) -> None:
+    rows = json.loads((folder / "results.json").read_text())["rows"]
+    timed: dict[Any, set[str]] = {}
+    for row in [row for row in rows if row["part"] == "step"]:
+        timed.setdefault((row["task"], row.get("apart")), set()).add(row["way"])
+        assert len(row["seconds"]) == len(row["forward"]) == 1
+    everything, shared_only = set(ways.WAYS), {ways.BATCHED, "TorchJD mtl_backward"}
+    for name in ("U-Net", "sentiment", "MLP", "small MLP"):
+        assert timed[name, False] == everything - ({ways.BATCHED} if name != "U-Net" else set())
+        assert timed[name, True] == everything - shared_only
+    assert timed["forwards", None] == set(ways.FORWARDS)
+    (small,) = {(r["tensors"], r["m"], r["n"]) for r in rows if r.get("task") == "small MLP"}
+    assert small == (6, 4, 2 * (64 * 64 + 64) + 64 * 4 + 4)
+
+
+def test_the_command_writes_rows_tables_and_pictures(folder: Path) -> None:
+    names = {"projection.png", "results.json", "step.png", "table.md"}
+    assert {path.name for path in folder.iterdir()} == names
     content = json.loads((folder / "results.json").read_text())
-    assert {row["part"] for row in content["rows"]} == {"projection", "growth"}
+    assert {row["part"] for row in content["rows"]} == {"projection", "step", "growth"}
     assert content["preset"] == "quick"
     assert content["machine"]["threads"] == torch.get_num_threads()
     assert {"torch", "torchjd", "gradsplit"} <= set(content["environment"])
     table = (folder / "table.md").read_text()
-    assert table in capsys.readouterr().out
-    assert "## Projection alone" in table and "## Growth" in table and "Toy sizes" in table
-    # toy sizes neither reach nor miss a goal
-    assert content["goals"] == [] and "## Goals" not in table
-    assert "## Goals" in write_report({**content, "preset": "full"}, folder)
-    # another run goes beside it
-    assert speed.main([*arguments[:3], "projection", *arguments[4:]]) == 0
-    assert (tmp_path / "speed-2" / "results.json").exists()
+    for heading in ("Projection alone", "Whole step", "Growth"):
+        assert f"## {heading}" in table
+
+
+def test_toy_sizes_neither_reach_nor_miss_a_goal(folder: Path, tmp_path: Path) -> None:
+    content = json.loads((folder / "results.json").read_text())
+    table = (folder / "table.md").read_text()
+    assert content["goals"] == [] and "## Goals" not in table and "Toy sizes" in table
+    growth = [row for row in content["rows"] if row["part"] == "growth"]
+    table = write_report({**content, "preset": "full", "rows": growth}, tmp_path)
+    assert "## Goals" in table and "Toy sizes" not in table
+    assert (tmp_path / "table.md").read_text() == table
+
+
+def test_another_run_goes_beside_the_first(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(speed.PRESETS, "quick", TINY)
+    assert speed.main(["--preset", "quick", "--parts", "growth", "--out", str(folder)]) == 0
+    table = (folder.with_name("speed-2") / "table.md").read_text()
+    assert table in capsys.readouterr().out and "## Growth" in table
 
 
 @pytest.mark.parametrize(
