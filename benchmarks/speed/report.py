@@ -44,7 +44,7 @@ def write_report(content: Mapping[str, Any], folder: Path) -> str:
     results.write_text(folder / results.TABLE, table)
     machine, title = content["machine"], f"torch {content['environment']['torch']}"
     title = f"{machine['gpu'] or machine['processor']}, threads: {machine['threads']}, {title}"
-    title += f", TOY SIZES (--preset {content['preset']})" * toy
+    title += ", TOY SIZES" * toy
     if projections := [row for row in rows if row.get("task") == "rows"]:
         draw_projection(folder / "projection.png", title, projections)
     if steps := [row for row in rows if "apart" in row]:
@@ -91,7 +91,7 @@ Float32 rows, random, as a list of gradients per parameter (182 tensors, the U-N
 which ours copies into flat rows; then Gramian, GMD rule, merge. The copying pays a fixed price per
 tensor, which is most of it where n is small. All others get one (m, n) matrix, and ours with rows
 filled does too. One read: the sum of that matrix. The loop: PCGrad as its paper defines it, pair by
-pair; left out where it would take many seconds."""
+pair; left out where it would take many seconds, as all are where the rows take gigabytes."""
     yield "p of time ~ size^p, fitted where there are the most sizes:"
     yield _projection_growth(some)
     kernels = [
