@@ -1,7 +1,7 @@
 """How long decoupling takes, and how much memory, side by side with other ways to do it.
 
     python -m benchmarks.speed                       # all parts, about 17 minutes on two cores
-    python -m benchmarks.speed --quick               # the same with toy sizes: for CI
+    python -m benchmarks.speed --preset quick        # the same with toy sizes: for CI
     python -m benchmarks.speed --parts projection,step --threads 1
     python -m benchmarks.speed --device cuda
 
@@ -28,11 +28,11 @@ import io
 import itertools
 import os
 import platform
+import re
 import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,24 +42,14 @@ from tqdm import tqdm
 
 from benchmarks.runs import results
 from benchmarks.runs.command import positive_int
+from benchmarks.speed import ways
 from benchmarks.speed.memory import in_own_process
 from benchmarks.speed.ranks import measure_ranks
-from benchmarks.speed.report import PARTS, write_report
-from benchmarks.speed.tasks import MLPTask, SentimentTask, Task, UNetTask
-from benchmarks.speed.timing import Contender, round_robin
-from benchmarks.speed.ways import (
-    FUSED,
-    GROWING,
-    KERNELS,
-    LOOP,
-    METHODS,
-    PROJECTIONS,
-    READ,
-    Jacobian,
-    unet_sizes,
-)
+from benchmarks.speed.report import write_report
+from benchmarks.speed.tasks import MLPTask, Rows, SentimentTask, Task, UNetTask
+from benchmarks.speed.timing import Clock, Contender, Row
 
-__all__ = ["FULL", "QUICK", "Sizes", "main", "run_parts"]
+__all__ = ["PARTS", "PRESETS", "Sizes", "main", "run_parts"]
 
 
 @dataclass(frozen=True)
@@ -69,15 +59,13 @@ class Sizes:
     Attributes:
         rounds: times of each, unless a single one takes seconds.
         rows, columns: of the projections: every m with every n, where the rows take no more than
-            ``most_bytes``.
-        longest_loop: seconds; where the pairwise loop would take longer it is left out.
-        modalities, width, crop, batch: of the U-Net; ``crop_apart`` with one forward per loss:
-            TorchJD's differentiation of 15 graphs would take minutes.
+            ``most_bytes``; the pairwise loop where m^2 n is no more than ``most_meetings``.
+        modalities, width, crop: of the U-Net.
         frames, utterances: of the sentiment transformer's batch.
-        mlp, small_mlp: layers and width.
+        mlp: layers and width.
         repeats: steps of the small MLP in one run, and most of a projection.
         memory: the widths of MLP, U-Net and encoders whose memory is measured; with
-            ``one_process`` all methods in one, which is quicker and less exact.
+            ``one_process`` all ways in one, which is quicker and less exact.
         growing_losses, growing_widths: of the MLPs in the growth part.
         ranks, losses_on_ranks: every number of ranks with every number of losses, of the MLP that
             memory is measured with.
@@ -87,16 +75,13 @@ class Sizes:
     rows: tuple[int, ...] = (4, 7, 15, 31, 63)
     columns: tuple[int, ...] = (100_000, 1_000_000, 5_000_000, 20_000_000)
     most_bytes: float = 2.5e9
-    longest_loop: float = 4.0
+    most_meetings: float = 2e9
     modalities: int = 4
     width: int = 16
     crop: int = 32
-    crop_apart: int = 16
-    batch: int = 2
     frames: int = 50
     utterances: int = 32
     mlp: tuple[int, int] = (50, 128)
-    small_mlp: tuple[int, int] = (3, 64)
     repeats: int = 20
     memory: tuple[int, int, int] = (256, 16, 1000)
     one_process: bool = False
@@ -106,263 +91,133 @@ class Sizes:
     losses_on_ranks: tuple[int, ...] = (4, 7, 15)
 
 
-FULL = Sizes()
-QUICK = Sizes(
-    rounds=1,
-    rows=(4, 15),
-    columns=(10_000, 100_000),
-    modalities=2,
-    width=8,
-    crop=8,
-    frames=10,
-    utterances=8,
-    mlp=(10, 32),
-    repeats=2,
-    memory=(64, 8, 64),
-    one_process=True,
-    growing_losses=(2, 4),
-    growing_widths=(16, 32),
-    ranks=(2,),
-    losses_on_ranks=(4,),
-)
+PRESETS: Mapping[str, Sizes] = {
+    "full": Sizes(),
+    "quick": Sizes(
+        rounds=1, rows=(4, 15), columns=(10_000, 100_000), modalities=2, width=8, crop=8, frames=10,
+        utterances=8, mlp=(10, 32), repeats=2, memory=(64, 8, 64), one_process=True,
+        growing_losses=(2, 4), growing_widths=(16, 32), ranks=(2,), losses_on_ranks=(4,),
+    ),
+}  # fmt: skip
 
 
 # --- the parts -----------------------------------------------------------------------------------
 
-
-@dataclass(frozen=True)
-class Setting:
-    """What all parts need to know."""
-
-    sizes: Sizes
-    device: torch.device
-    progress: bool
-
-    def synchronise(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    @contextmanager
-    def bar(self, part: str, runs: int) -> Iterator[Any]:
-        with tqdm(total=runs, desc=part, unit="run", disable=not self.progress, leave=False) as bar:
-            yield bar
-
-    def time(self, contenders: Mapping[str, Contender], bar: Any, where: str) -> dict[str, Any]:
-        """{name: [[seconds of each stage], ...]}."""
-
-        def done(name: str, runs: int) -> None:
-            bar.set_postfix_str(f"{where}: {name}", refresh=False)
-            bar.update(runs)
-
-        return dict(
-            round_robin(contenders, self.sizes.rounds, synchronise=self.synchronise, done=done)
-        )
+Cells = Iterator[Row]
+"""Of all cells of a part, one after another. The ways in one cell take turns."""
 
 
-def measure_projection(setting: Setting) -> list[dict[str, Any]]:
-    """For every m and n, seconds by name; "skipped" says what was left out, and why."""
-    sizes = setting.sizes
-    names = [name for name in PROJECTIONS if name != FUSED or setting.device.type == "cuda"]
-    cells: list[dict[str, Any]] = []
-    runs = len(sizes.rows) * len(sizes.columns) * len(names) * (sizes.rounds + 1)
-    with setting.bar("projection", runs) as bar:
-        for n, m in itertools.product(sizes.columns, sizes.rows):
-            cell: dict[str, Any] = {"rows": m, "columns": n, "seconds": {}, "skipped": {}}
-            cells.append(cell)
-            if m * n * 4 > sizes.most_bytes:
-                reason = f"the rows take {m * n * 4 / 1e9:.1f} GB"
-                cell["skipped"] = dict.fromkeys(names, reason)
-                bar.update(len(names) * (sizes.rounds + 1))
-                continue
-            jacobian = Jacobian.random(m, unet_sizes(n), setting.device)
-            repeats = min(sizes.repeats, max(1, 10_000_000 // (m * n)))
-            contenders = {name: _projecting(PROJECTIONS[name], jacobian, repeats) for name in names}
-            # A meeting of two rows reads and writes about as much as six reads of a row.
-            contenders[READ].run(setting.synchronise)
-            expected = 6 * m * sum(contenders[READ].run(setting.synchronise))
-            if expected > sizes.longest_loop:
-                cell["skipped"][LOOP] = f"would take about {expected:.0f} s"
-                del contenders[LOOP]
-                bar.update(sizes.rounds + 1)
-            taken = setting.time(contenders, bar, f"m = {m}, n = {n:.0e}")
-            cell["seconds"] = {name: [run[0] for run in runs] for name, runs in taken.items()}
-            if FUSED in names:
-                kernels = {name: _projecting(run, jacobian) for name, (_, run) in KERNELS.items()}
-                taken = round_robin(kernels, sizes.rounds, synchronise=setting.synchronise)
-                cell["kernels"] = {name: [run[0] for run in runs] for name, runs in taken.items()}
-                del kernels
-            del jacobian, contenders
-    return cells
+def _projections(sizes: Sizes, device: torch.device, clock: Clock) -> Cells:
+    for n, m in itertools.product(sizes.columns, sizes.rows):
+        if m * n * 4 <= sizes.most_bytes:
+            yield from _projection(m, n, sizes, device, clock)
 
 
-def _projecting(
-    project: Callable[[Jacobian], Any], jacobian: Jacobian, repeats: int = 1
-) -> Contender:
-    return Contender([project], lambda: jacobian, repeats)
-
-
-def measure_step(setting: Setting) -> dict[str, Any]:
-    """Seconds of forward and backward by scene and method; and of the U-Net's forwards."""
-    sizes, device = setting.sizes, setting.device
-
-    def unet(crop: int) -> UNetTask:
-        return UNetTask(sizes.modalities, sizes.width, crop, sizes.batch, device)
-
-    makers: dict[str, Callable[[bool], Task]] = {
-        "U-Net": lambda apart: unet(sizes.crop_apart if apart else sizes.crop),
-        "sentiment": lambda apart: SentimentTask(sizes.frames, sizes.utterances, device),
-        "MLP": lambda apart: MLPTask(*sizes.mlp, 8, sizes.utterances, device),
-        "small MLP": lambda apart: MLPTask(*sizes.small_mlp, 4, sizes.utterances, device),
-    }
-    scenes: list[dict[str, Any]] = []
-    runs = (2 * len(makers) * len(METHODS) + len(_FORWARDS)) * (sizes.rounds + 1)
-    with setting.bar("step", runs) as bar:
-        for forwards_apart, name in itertools.product((False, True), makers):
-            make = functools.partial(makers[name], forwards_apart)
-            repeats = sizes.repeats if name == "small MLP" else 1
-            tasks = {method.name: make() for method in METHODS}  # autogram changes its model
-            contenders = {
-                method.name: Contender(
-                    [
-                        _ignoring(method.forward_of(tasks[method.name], forwards_apart)),
-                        method.backward(tasks[method.name]),
-                    ],
-                    tasks[method.name].clear,
-                    repeats,
-                )
-                for method in METHODS
-                if method.fits(tasks[method.name], forwards_apart)
-            }
-            bar.update((len(METHODS) - len(contenders)) * (sizes.rounds + 1))
-            taken = setting.time(contenders, bar, name)
-            task = next(iter(tasks.values()))
-            scenes.append(
-                {
-                    "scene": name,
-                    "apart": forwards_apart,
-                    "losses": task.losses,
-                    "elements": sum(parameter.numel() for parameter in task.parameters()),
-                    "tensors": len(task.parameters()),
-                    "seconds": {
-                        method: {
-                            "forward": [run[0] for run in runs],
-                            "backward": [run[1] for run in runs],
-                        }
-                        for method, runs in taken.items()
-                    },
-                }
-            )
-            del tasks, contenders, task
-        ways = {name: _forwarding(run, unet(sizes.crop)) for name, run in _FORWARDS.items()}
-        taken = setting.time(ways, bar, "U-Net's forwards")
-    return {
-        "scenes": scenes,
-        "forwards": {name: [run[0] for run in runs] for name, runs in taken.items()},
-    }
-
-
-def _ignoring(forward: Callable[[], Any]) -> Callable[[Any], Any]:
-    return lambda nothing: forward()
-
-
-def _forwarding(run: Callable[[UNetTask], Any], task: UNetTask) -> Contender:
-    return Contender([lambda nothing: run(task)], lambda: None)
-
-
-def _loop_over_modalities(task: UNetTask) -> Any:
-    """(B, R, D, H, W): what a plain loop makes of it."""
-    names = task.model.config.modalities
-    return sum(task.model(task.volume, available=(name,)) for name in names) / len(names)
-
-
-@torch.no_grad()
-def _branch_passes(task: UNetTask) -> list[Any]:
-    names = task.model.config.modalities
-    return [task.model(task.volume, available=(name,)) for name in names]
-
-
-@torch.no_grad()
-def _evaluation(task: UNetTask) -> Any:
-    return task.model(task.volume, combinations=task.combinations)
-
-
-_FORWARDS: Mapping[str, Callable[[UNetTask], Any]] = {
-    "forward, all modalities": lambda task: task.model(task.volume),
-    "loop over modalities": _loop_over_modalities,
-    "evaluation, all combinations": _evaluation,
-    "one pass per modality, no gradients": _branch_passes,
-}
-
-
-def measure_memory(setting: Setting) -> list[dict[str, Any]]:
-    """By task and method: losses, elements, live and resident bytes."""
-    names = [method.name for method in METHODS if method.exists()]
-    layers, modalities = setting.sizes.mlp[0], setting.sizes.modalities
-    groups = [names] if setting.sizes.one_process else [[name] for name in names]
-    found: list[dict[str, Any]] = []
-    with setting.bar("memory", len(names)) as bar:
-        for group in groups:
-            bar.set_postfix_str(group[0])
-            found += in_own_process(group, setting.sizes.memory, layers, modalities)
-            bar.update(len(group))
-    return sorted(found, key=lambda entry: str(entry["task"]))
-
-
-def measure_growth(setting: Setting) -> list[dict[str, Any]]:
-    """Seconds of whole steps of MLPs, first against m, then against n."""
-    sizes, device = setting.sizes, setting.device
-    layers, width = sizes.mlp
-    shapes = [("m", width, m) for m in sizes.growing_losses]
-    shapes += [("n", width, 8) for width in sizes.growing_widths]
-    methods = [method for method in METHODS if method.name in GROWING]
-    cells = []
-    with setting.bar("growth", len(shapes) * len(methods) * (sizes.rounds + 1)) as bar:
-        for along, wide, m in shapes:
-            task = MLPTask(layers, wide, m, sizes.utterances, device)
-            contenders = {
-                method.name: Contender(
-                    [_ignoring(method.forward_of(task, False)), method.backward(task)], task.clear
-                )
-                for method in methods
-            }
-            taken = setting.time(contenders, bar, f"m = {m}, width {wide}")
-            elements = sum(parameter.numel() for parameter in task.parameters())
-            seconds = {name: [sum(run) for run in runs] for name, runs in taken.items()}
-            cells.append({"along": along, "losses": m, "elements": elements, "seconds": seconds})
-    return cells
-
-
-def measure_on_ranks(setting: Setting) -> list[dict[str, Any]]:
-    """What many ranks cost, by numbers of ranks and losses: see :func:`measure_ranks`."""
-    sizes, found = setting.sizes, list[dict[str, Any]]()
-    mlp = sizes.mlp[0], sizes.memory[0]
-    with setting.bar("ranks", len(sizes.ranks)) as bar:
-        for size in sizes.ranks:
-            bar.set_postfix_str(f"R = {size}")
-            found += measure_ranks(size, sizes.losses_on_ranks, mlp, sizes.utterances, sizes.rounds)
-            bar.update()
+def _projection(m: int, n: int, sizes: Sizes, device: torch.device, clock: Clock) -> list[Row]:
+    rows, gpu = Rows(m, n, device), device.type == "cuda"
+    left_out = {ways.LOOP: m * m * n > sizes.most_meetings, ways.UNFUSED: not gpu}
+    timed = {name: run for name, run in ways.PROJECTIONS.items() if not left_out.get(name)}
+    repeats = min(sizes.repeats, max(1, 10_000_000 // (m * n)))
+    found = clock.time(_all_on(rows, timed, repeats), task="rows", m=m, n=n)
+    if gpu:
+        kernels = {name: run for name, (_, run) in ways.KERNELS.items()}
+        found += clock.time(_all_on(rows, kernels), task="kernels", m=m, n=n)
     return found
 
 
-_MEASURES: Mapping[str, Callable[[Setting], Any]] = {
-    "projection": measure_projection,
-    "step": measure_step,
-    "memory": measure_memory,
-    "growth": measure_growth,
-    "ranks": measure_on_ranks,
+def _all_on(
+    what: Any, timed: Mapping[str, Callable[[Any], Any]], repeats: int = 1
+) -> dict[str, Contender]:
+    return {
+        name: Contender(functools.partial(run, what), repeats=repeats)
+        for name, run in timed.items()
+    }
+
+
+def _steps(sizes: Sizes, device: torch.device, clock: Clock) -> Cells:
+    def unet(apart: bool = False) -> UNetTask:
+        crop = 16 if apart else sizes.crop  # TorchJD would take minutes for 15 graphs of 32^3
+        return UNetTask(sizes.modalities, sizes.width, crop, 2, device)
+
+    scenes: Mapping[str, Callable[[bool], Task]] = {
+        "U-Net": unet,
+        "sentiment": lambda apart: SentimentTask(sizes.frames, sizes.utterances, device),
+        "MLP": lambda apart: MLPTask(*sizes.mlp, 8, sizes.utterances, device),
+        "small MLP": lambda apart: MLPTask(3, 64, 4, sizes.utterances, device),
+    }
+    for apart, name in itertools.product((False, True), scenes):
+        repeats = sizes.repeats if name == "small MLP" else 1
+        tasks = {way: scenes[name](apart) for way in ways.WAYS}  # autogram changes its model
+        task = tasks[ways.JOINT]
+        yield from clock.time(
+            _stepping(tasks, apart, repeats), task=name, apart=apart, m=task.losses,
+            n=task.elements(), tensors=len(task.parameters()), repeats=repeats, shape=task.shape,
+        )  # fmt: skip
+    task = unet()
+    yield from clock.time(
+        _all_on(task, ways.FORWARDS), task="forwards", m=task.losses, shape=task.shape
+    )
+
+
+def _stepping(
+    tasks: Mapping[str, Task], apart: bool = False, repeats: int = 1
+) -> dict[str, Contender]:
+    """Of the ways that have such a forward."""
+    contenders = {}
+    for way, task in tasks.items():
+        if forward := ways.WAYS[way].forward(task, apart):
+            backward = ways.WAYS[way].backward(task)
+            contenders[way] = Contender(forward, backward, task.clear, repeats)
+    return contenders
+
+
+def _memories(sizes: Sizes, device: torch.device, clock: Clock) -> Cells:
+    for group in [list(ways.WAYS)] if sizes.one_process else [[way] for way in ways.WAYS]:
+        yield from in_own_process(group, sizes.memory, sizes.mlp[0], sizes.modalities)
+        clock.tick()
+
+
+def _growths(sizes: Sizes, device: torch.device, clock: Clock) -> Cells:
+    layers, width = sizes.mlp
+    shapes = [("m", width, m) for m in sizes.growing_losses]
+    shapes += [("n", width, 8) for width in sizes.growing_widths]
+    for along, wide, m in shapes:
+        task = MLPTask(layers, wide, m, sizes.utterances, device)
+        contenders = _stepping(dict.fromkeys(ways.GROWING, task))
+        yield from clock.time(contenders, along=along, m=m, n=task.elements())
+
+
+def _ranks(sizes: Sizes, device: torch.device, clock: Clock) -> Cells:
+    mlp = sizes.mlp[0], sizes.memory[0]
+    for size in sizes.ranks:
+        yield from measure_ranks(size, sizes.losses_on_ranks, mlp, sizes.utterances, sizes.rounds)
+        clock.tick()
+
+
+PARTS: Mapping[str, Callable[[Sizes, torch.device, Clock], Cells]] = {
+    "projection": _projections,
+    "step": _steps,
+    "memory": _memories,
+    "growth": _growths,
+    "ranks": _ranks,
 }
 
 
 def run_parts(
-    parts: Sequence[str],
-    sizes: Sizes,
-    *,
-    device: torch.device | None = None,
-    progress: bool = False,
-) -> dict[str, Any]:
+    parts: Sequence[str], sizes: Sizes, device: torch.device, progress: bool = False
+) -> list[Row]:
     """What each of ``parts`` measured, as it is written to results.json."""
-    setting = Setting(sizes, torch.device("cpu") if device is None else device, progress)
-    return {part: _MEASURES[part](setting) for part in PARTS if part in parts}
+
+    def synchronise() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    rows = []
+    for part in [part for part in PARTS if part in parts]:
+        with tqdm(desc=part, unit="run", disable=not progress, leave=False) as bar:
+            clock = Clock(sizes.rounds, synchronise, bar.update)
+            rows += [{"part": part, **row} for row in PARTS[part](sizes, device, clock)]
+    return rows
 
 
 # --- command line --------------------------------------------------------------------------------
@@ -384,21 +239,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"argument --out: cannot create {wanted}: {error.strerror}")
     if folder != wanted:
         print(f"{wanted} holds another run; writing to {folder}", file=sys.stderr)
-    sizes = QUICK if options.quick else FULL
+    sizes = PRESETS[options.preset]
     # Of attention's backward under TorchJD's vmap, which runs it once per loss; table.md says so.
     warnings.filterwarnings("ignore", "There is a performance drop")
     try:
-        measured = run_parts(
-            options.parts, sizes, device=options.device, progress=sys.stderr.isatty()
-        )
+        rows = run_parts(options.parts, sizes, options.device, sys.stderr.isatty())
         content = {
             "command": shlex.join(["python", "-m", "benchmarks.speed", *arguments]),
             "date": str(datetime.date.today()),
             "machine": machine(options.device, threads),
             "environment": results.environment(["numpy", "torchjd", "monai", "quadprog"]),
-            "quick": options.quick,
+            "preset": options.preset,
             "sizes": asdict(sizes),
-            "parts": measured,
+            "rows": rows,
         }
         table = write_report(content, folder)
     except KeyboardInterrupt:
@@ -415,19 +268,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def machine(device: torch.device, threads: int) -> dict[str, Any]:
     """What the numbers depend on: processor, cores, torch's threads; the GPU, if it ran there."""
-    processor = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        processor = models[0] if models else processor
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    info = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*:\s*(.+)", info.read_text() if info.exists() else "")
     return {
-        "processor": processor,
+        "processor": named[1] if named else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": threads,
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "device": str(device),
-        "gpu": gpu,
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
     }
 
 
@@ -458,10 +306,11 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--quick", action="store_true", help="toy sizes: that it runs, not how fast"
-    )
+        "--preset", choices=PRESETS, default="full",
+        help="quick: toy sizes, that it runs, not how fast (default: full)",
+    )  # fmt: skip
     parser.add_argument(
-        "--parts", type=_parts, default=PARTS, metavar="LIST",
+        "--parts", type=_parts, default=tuple(PARTS), metavar="LIST",
         help=f"comma-separated, of {', '.join(PARTS)} (default: all)",
     )  # fmt: skip
     parser.add_argument("--threads", type=positive_int, metavar="N", help="default: torch's own")

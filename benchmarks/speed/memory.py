@@ -3,71 +3,138 @@
 The parent, benchmarks.speed, starts one per way and reads the line of JSON that it prints.
 """
 
+import ctypes
 import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.speed.tasks import EncodersTask, MLPTask, Task, UNetTask
-from benchmarks.speed.timing import LiveBytes, reset_peak_resident, resident_bytes
-from benchmarks.speed.ways import METHODS, Method
+from benchmarks.speed.timing import Row
+from benchmarks.speed.ways import EXACT, PLAIN, WAYS
 
-__all__ = ["in_own_process", "measure"]
-
-_CPU = torch.device("cpu")
+__all__ = ["LiveBytes", "in_own_process", "live_bytes", "resident_growth"]
 
 
-def measure(method: Method, make: Callable[[], Task]) -> dict[str, Any]:
-    """Bytes of one step after a first that warms up.
+class LiveBytes(TorchDispatchMode):
+    """Inside ``with``: bytes of all tensors that were made inside and are still alive.
 
-    Returns:
-        losses (m), elements (n); live: at most alive at once of all tensors that the backward
-        made, and the forwards of closures; resident: growth of the process from before the forward
-        to the peak, None where the system does not tell.
+    What existed before does not count, nor does what a kernel allocates and frees by itself.
+    Backwards that run inside are seen too, on a CPU.
+
+    >>> import torch
+    >>> with LiveBytes() as live:
+    ...     kept = torch.ones(100)
+    ...     kept.add_(torch.ones(100) + torch.ones(100)).sum().item()
+    ...     view = kept[:50]
+    300.0
+    >>> live.now, live.peak  # while adding, two ones and their sum
+    (400, 1600)
     """
-    gc.freeze()  # what exists now is not looked at again: collecting takes less time
-    task = make()
-    forward, run = method.forward_of(task, apart=False), method.backward(task)
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now, self.peak = 0, 0
+        self._known: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # In place or a view: the result lies in a storage that an argument had.
+        self._note((args, kwargs), made=False)
+        result = func(*args, **(kwargs or {}))
+        self._note(result, made=True)
+        return result
+
+    def _note(self, values: Any, made: bool) -> None:
+        for value in tree_leaves(values):
+            if not isinstance(value, Tensor):
+                continue
+            storage = value.untyped_storage()
+            key = id(storage)  # the same object for as long as the storage lives
+            if key not in self._known:
+                size = storage.nbytes() if made else 0
+                self._known[key] = weakref.ref(storage, self._freeing(key, size))
+                self.now += size
+                self.peak = max(self.peak, self.now)
+
+    def _freeing(self, key: int, size: int) -> Callable[[Any], None]:
+        def freed(_: Any) -> None:
+            del self._known[key]
+            self.now -= size
+
+        return freed
+
+
+def live_bytes(run: Callable[[], object]) -> int:
+    """At most alive at once of all tensors that ``run`` makes."""
+    live = LiveBytes()
+    with live:
+        run()
+    return live.peak
+
+
+def resident_growth(run: Callable[[], object]) -> int | None:
+    """By how much the process grows from before ``run`` to its peak; None where it is not Linux.
+
+    From ``/proc``, where Linux counts for this process alone: ``ru_maxrss`` of a child starts at
+    what its parent held. What has been freed is handed back to the system first, where the C
+    library can do that.
+    """
+    try:
+        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+            libc.malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    except OSError:
+        return None
+    before = _resident("VmRSS")
+    run()
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith(field))
+    return 1024 * int(line.split()[1])
+
+
+def _measure(task: Task, forward: Callable[[], Any], run: Callable[[Any], object]) -> Row:
     def step() -> None:
         task.clear()
         run(forward())
         task.clear()
         gc.collect()
 
-    step()
-    resident: int | None = None
-    if reset_peak_resident():
-        before, _ = resident_bytes()
-        step()
-        resident = resident_bytes()[1] - before
+    step()  # warms up
+    resident = resident_growth(step)
     found = forward()
-    with LiveBytes() as live:
-        run(found)
-    elements = sum(parameter.numel() for parameter in task.parameters())
-    m = len(found[0]) if method.forward == "features" else len(found)
-    gc.unfreeze()
-    return {"losses": m, "elements": elements, "live": live.peak, "resident": resident}
+    live = live_bytes(lambda: run(found))
+    return {"m": task.losses, "n": task.elements(), "live": live, "resident": resident}
 
 
 def in_own_process(
-    methods: Sequence[str], widths: tuple[int, int, int], layers: int, modalities: int
-) -> list[dict[str, Any]]:
-    """What :func:`measure` says of ``methods``, one after another in a process of their own.
+    ways: Sequence[str], widths: tuple[int, int, int], layers: int, modalities: int
+) -> list[Row]:
+    """The memory of ``ways``, one after another in a process of their own.
 
     Args:
-        methods: names, of METHODS.
+        ways: names, of WAYS.
         widths: of the MLP, the U-Net and the private encoders.
         layers: of the MLP.
         modalities: of the U-Net.
 
     Returns:
-        For each method, and each model that it fits, what was measured with "task" and "method".
+        Of each way, and each model that it fits: task, way, m, n; live: bytes, at most at once of
+        all tensors that the backward made, and the forwards of closures; resident: growth of the
+        process over a second step, None where the system does not tell.
 
     Raises:
         RuntimeError: the process failed; with what it wrote.
@@ -75,38 +142,36 @@ def in_own_process(
     # Every block of 128 KiB or more is handed back as soon as it is freed, so that what is resident
     # is what is in use.
     limits = {"MALLOC_MMAP_THRESHOLD_": str(2**17), "MALLOC_TRIM_THRESHOLD_": str(2**17)}
-    wanted = json.dumps([list(methods), list(widths), layers, modalities, torch.get_num_threads()])
+    wanted = json.dumps([list(ways), list(widths), layers, modalities, torch.get_num_threads()])
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.speed.memory", wanted],
-        env={**os.environ, **limits},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+        env={**os.environ, **limits}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
     if done.returncode != 0:
-        raise RuntimeError(f"measuring the memory of {methods} failed:\n{done.stderr}")
-    found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+        raise RuntimeError(f"measuring the memory of {ways} failed:\n{done.stderr}")
+    found: list[Row] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-def main(argv: Sequence[str]) -> int:
-    names, (mlp, unet, encoders), layers, modalities, threads = json.loads(argv[0])
+def main(wanted: str) -> None:
+    ways, (mlp, unet, encoders), layers, modalities, threads = json.loads(wanted)
     torch.set_num_threads(threads)
-    tasks: dict[str, Callable[[], Task]] = {
+    cpu = torch.device("cpu")
+    tasks: dict[str, tuple[Sequence[str], Callable[[], Task]]] = {
         # Small batches and crops: what a forward keeps is little next to the rows.
-        "MLP": lambda: MLPTask(layers=layers, width=mlp, losses=8, batch=2, device=_CPU),
-        "U-Net": lambda: UNetTask(modalities, width=unet, crop=16, batch=1, device=_CPU),
-        "encoders": lambda: EncodersTask(encoders, _CPU),
+        "MLP": (ways, lambda: MLPTask(layers, mlp, losses=8, batch=2, device=cpu)),
+        "U-Net": (ways, lambda: UNetTask(modalities, unet, crop=16, batch=1, device=cpu)),
+        "encoders": ((PLAIN, EXACT), lambda: EncodersTask(encoders, cpu)),  # who take closures
     }
-    found = [
-        {"task": task, "method": method.name, **measure(method, make)}
-        for method in METHODS
-        for task, make in tasks.items()
-        if method.name in names and method.fits(make(), apart=False)
-    ]
+    found = []
+    for name, (fitting, make) in tasks.items():
+        for way in [way for way in ways if way in fitting]:
+            task = make()
+            if forward := WAYS[way].forward(task, False):
+                measured = _measure(task, forward, WAYS[way].backward(task))
+                found.append({"task": name, "way": way, **measured})
     print(json.dumps(found))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1])

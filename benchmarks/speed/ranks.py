@@ -6,6 +6,7 @@ Ranks are processes on this machine, one thread each, that talk through gloo.
 import datetime
 import functools
 import json
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,13 +20,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.speed.memory import live_bytes
 from benchmarks.speed.tasks import MLPTask, Task
-from benchmarks.speed.timing import Contender, LiveBytes, round_robin
+from benchmarks.speed.timing import Clock, Contender, Row
 from gradsplit import ModalityDecoupledOptimizer
 
-__all__ = ["DDP", "SHARED", "WAYS", "Traffic", "measure_ranks"]
+__all__ = ["CLOSURES", "DDP", "SHARED", "Traffic", "measure_ranks"]
 
-WAYS = OURS, SHARED, DDP = "ours, closures", "ours, one forward", "m backwards of DDP"
+CLOSURES, SHARED, DDP = "ours, closures", "ours, one forward", "m backwards of DDP"
 # How often each rank sends (R - 1) / R of a tensor, in the best algorithms that are known.
 _TRAVELS = {"allreduce_": 2, "_reduce_scatter_base_": 1, "_allgather_base_": 1}
 
@@ -38,8 +40,8 @@ class Traffic(TorchDispatchMode):
         small: what has fewer elements is a message; all else is gradients.
 
     Attributes:
-        sent: elements of gradients that a rank sends: k (R - 1) / R in a reduce-scatter of k
-            elements, or an all-gather to k; twice as many in an all-reduce.
+        sent: bytes of gradients that a rank sends: k (R - 1) / R in a reduce-scatter of k bytes,
+            or an all-gather to k; twice as many in an all-reduce.
         messages: bytes of each message.
     """
 
@@ -56,13 +58,13 @@ class Traffic(TorchDispatchMode):
                 self.messages.append(whole.nbytes)
             else:
                 times = _TRAVELS[func._schema.name.removeprefix("c10d::")]
-                self.sent += times * whole.numel() * (self._size - 1) / self._size
+                self.sent += times * whole.nbytes * (self._size - 1) / self._size
         return func(*args, **(kwargs or {}))
 
 
 def measure_ranks(
     size: int, losses: Sequence[int], mlp: tuple[int, int], batch: int, rounds: int
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """One step of an MLP on ``size`` ranks, for each number of losses.
 
     Args:
@@ -73,76 +75,81 @@ def measure_ranks(
         rounds: how often each way is timed.
 
     Returns:
-        For each m: ranks (R), losses (m), elements (n), and of the first rank, which sends and
-        holds no less than any: sent and messages of :class:`Traffic`, sent_by_ddp in m backwards;
-        live: bytes as in the memory part; seconds by way, of the slowest rank.
+        For each m and way: ranks (R), m, n, way, and of the first rank, which sends and holds no
+        less than any: sent and messages of :class:`Traffic`; live: bytes as in the memory part;
+        seconds: of the slowest rank.
 
     Raises:
         torch.multiprocessing.ProcessRaisedException: a rank failed, or one waited for ten minutes.
     """
     with tempfile.TemporaryDirectory() as folder:
-        wanted = [(m, mlp, batch, rounds) for m in losses]
-        spawn(_on_rank, (size, folder, wanted), nprocs=size)
-        found: list[dict[str, Any]] = json.loads((Path(folder) / "found.json").read_text())
+        spawn(_on_rank, (size, folder, losses, mlp, batch, rounds), nprocs=size)
+        found: list[Row] = json.loads((Path(folder) / "found.json").read_text())
     return found
 
 
-def _on_rank(rank: int, size: int, folder: str, wanted: Sequence[tuple[Any, ...]]) -> None:
+def _on_rank(
+    rank: int, size: int, folder: str, losses: Sequence[int], mlp: tuple[int, int], *rest: int
+) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=(Path(folder) / "store").as_uri(), rank=rank, world_size=size,
         timeout=datetime.timedelta(minutes=10),
     )  # fmt: skip
-    found = [_measure(*one) for one in wanted]
+    found = [row for m in losses for row in _measure(size, m, mlp, *rest)]
     if rank == 0:
         (Path(folder) / "found.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
-def _measure(m: int, mlp: tuple[int, int], batch: int, rounds: int) -> dict[str, Any]:
+def _measure(size: int, m: int, mlp: tuple[int, int], batch: int, rounds: int) -> list[Row]:
     """On every rank, at the same time."""
-    tasks = {name: _task(m, mlp, batch) for name in (OURS, SHARED, DDP)}
-    task = tasks[SHARED]
-    opts = {name: _optimizer(tasks[name]) for name in (OURS, SHARED)}
-    steps: dict[str, Callable[[Any], Any]] = {
-        OURS: lambda _: opts[OURS].backward(
-            {str(i): functools.partial(_loss, tasks[OURS], i) for i in range(m)}
-        ),
-        SHARED: lambda _: opts[SHARED].backward(task.together(range(m))),
-        DDP: lambda _: [_loss(tasks[DDP], i).backward() for i in range(m)],
-    }
-    ways = {name: Contender([step], tasks[name].clear) for name, step in steps.items()}
+    contenders = {}
+    for name, make in _WAYS.items():
+        task = MLPTask(*mlp, m, batch, torch.device("cpu"))
+        task.model = DistributedDataParallel(task.model)
+        contenders[name] = Contender(*make(task), task.clear)
+    n = task.elements()
     # Nobody is slow: ranks would leave out different rounds.
-    barrier: Callable[[], object] = dist.barrier
-    taken = round_robin(ways, rounds, slow=float("inf"), synchronise=barrier)
-    n, size = sum(p.numel() for p in task.parameters()), dist.get_world_size()
-    task.clear()
-    losses = task.together(range(m))
-    with Traffic(size, n / 100) as traffic, LiveBytes() as live:
-        opts[SHARED].backward(losses)
-    with Traffic(size, n / 100) as plain:
-        steps[DDP](None)
-    return {
-        "ranks": size,
-        "losses": m,
-        "elements": n,
-        "sent": traffic.sent,
-        "messages": traffic.messages,
-        "sent_by_ddp": plain.sent,
-        "live": live.peak,
-        "seconds": {name: [run[0] for run in runs] for name, runs in taken.items()},
-    }
+    clock = Clock(rounds, synchronise=dist.barrier, slow=math.inf)
+    rows = clock.time(contenders, ranks=size, m=m, n=n)
+    for row in rows:
+        contender = contenders[row["way"]]
+        contender.prepare()
+        losses = contender.forward()
+        assert contender.backward is not None
+        with Traffic(size, n / 100) as traffic:
+            row["live"] = live_bytes(functools.partial(contender.backward, losses))
+        row |= {"sent": traffic.sent, "messages": traffic.messages}
+    return rows
 
 
-def _task(m: int, mlp: tuple[int, int], batch: int) -> Task:
-    task: Task = MLPTask(*mlp, m, batch, torch.device("cpu"))
-    task.model = DistributedDataParallel(task.model)
-    return task
+_Step = tuple[Callable[[], Any], Callable[[Any], object]]
+"""A forward, and a backward of what it returned."""
+
+
+def _closures(task: Task) -> _Step:
+    losses = {str(i): functools.partial(_loss, task, i) for i in range(task.losses)}
+    return lambda: losses, _optimizer(task).backward
+
+
+def _shared(task: Task) -> _Step:
+    return lambda: task.together(range(task.losses)), _optimizer(task).backward
+
+
+def _ddp(task: Task) -> _Step:
+    """DDP averages one backward per forward: each loss has one of its own."""
+    losses = range(task.losses)
+    return lambda: losses, lambda losses: [_loss(task, i).backward() for i in losses]
+
+
+def _loss(task: Task, index: int) -> Tensor:
+    loss: Tensor = task.apart([index])[0]
+    return loss
 
 
 def _optimizer(task: Task) -> ModalityDecoupledOptimizer:
     return ModalityDecoupledOptimizer(torch.optim.SGD(task.parameters(), 0.0), module=task.model)
 
 
-def _loss(task: Task, index: int) -> Tensor:
-    return task.apart([index])[0]
+_WAYS = {CLOSURES: _closures, SHARED: _shared, DDP: _ddp}

@@ -1,4 +1,4 @@
-"""What is timed: a model, a batch and the losses of each combination."""
+"""What is timed: models with a batch and one loss per combination, and random rows."""
 
 import functools
 from collections.abc import Sequence
@@ -13,10 +13,7 @@ from gradsplit.sharing import fuse_available
 from reference_models.sentiment_transformer import SentimentTransformer, SentimentTransformerConfig
 from reference_models.unet3d import DynamicSharingUNet3d, UNet3dConfig
 
-__all__ = ["EncodersTask", "Losses", "MLPTask", "SentimentTask", "Task", "UNetTask"]
-
-
-Losses = list[Tensor]
+__all__ = ["EncodersTask", "MLPTask", "Rows", "SentimentTask", "Task", "UNetTask"]
 
 
 class Task:
@@ -28,6 +25,7 @@ class Task:
         trunk: the module whose outputs all losses are computed from.
         head: the module whose outputs the losses are computed from.
         block: the last one before it with parameters that every loss reaches.
+        shape: the batch, in words.
     """
 
     model: nn.Module
@@ -35,25 +33,26 @@ class Task:
     trunk: nn.Module
     head: nn.Module
     block: nn.Module
+    shape: str
 
-    def together(self, chosen: Sequence[int]) -> Losses:
+    def together(self, chosen: Sequence[int]) -> list[Any]:
         """The losses ``chosen``, of 0 ... m - 1, from one forward that they share."""
         raise NotImplementedError
 
-    def apart(self, chosen: Sequence[int]) -> Losses:
+    def apart(self, chosen: Sequence[int]) -> list[Any]:
         """The same, each from a forward of its own."""
         return [self.together([index])[0] for index in chosen]
-
-    def batched(self) -> Losses:
-        """All of them, from one forward of all modalities in one batch."""
-        raise NotImplementedError
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self.model.parameters())
 
+    def elements(self) -> int:
+        """n."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
     def clear(self) -> None:
         """Forget all gradients and Jacobians."""
-        for parameter in self.model.parameters():
+        for parameter in self.parameters():
             parameter.grad = None
             if hasattr(parameter, "jac"):
                 del parameter.jac
@@ -73,29 +72,25 @@ class UNetTask(Task):
         self.trunk = self.head = self.model.head
         self.block = self.model.decoder[-1].get_submodule("conv2")
         self.volume = torch.randn(batch, modalities, crop, crop, crop, device=device)
-        shape = (batch, len(self.model.config.regions), crop, crop, crop)
+        shape = (batch, len(config.regions), crop, crop, crop)
         self.target = (torch.rand(shape, device=device) > 0.7).float()
+        self.shape = f"crop {crop}^3, batch {batch}, width {width}"
 
-    def together(self, chosen: Sequence[int]) -> Losses:
+    def together(self, chosen: Sequence[int]) -> list[Tensor]:
         combinations = [self.combinations[index] for index in chosen]
-        logits = self.model(self.volume, combinations=combinations)
-        return [self._loss(one) for one in logits]
+        return self._losses(self.model(self.volume, combinations=combinations))
 
-    def apart(self, chosen: Sequence[int]) -> Losses:
-        names = [self.combinations[index] for index in chosen]
-        return [self._loss(self.model(self.volume, available=available)) for available in names]
-
-    def batched(self) -> Losses:
+    def batched(self) -> list[Tensor]:
+        """All of them, from one forward of all modalities in one batch."""
         modalities, batch = self.model.config.modalities, len(self.volume)
         stacked = torch.cat(self.volume.split(1, dim=1))  # (M B, 1, D, H, W)
         # The model itself never does this with gradients: it would join the modalities' graphs.
         logits = self.model._branch([name for name in modalities for _ in range(batch)], stacked)
         features = dict(zip(modalities, logits.split(batch), strict=True))
-        fused = fuse_available(features, combinations=self.combinations)
-        return [self._loss(one) for one in fused]
+        return self._losses(fuse_available(features, combinations=self.combinations))
 
-    def _loss(self, logits: Tensor) -> Tensor:
-        return F.binary_cross_entropy_with_logits(logits, self.target)
+    def _losses(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        return [F.binary_cross_entropy_with_logits(one, self.target) for one in outputs]
 
 
 class SentimentTask(Task):
@@ -114,18 +109,12 @@ class SentimentTask(Task):
             for name, size in config.dims.items()
         }
         self.target = torch.randn(batch, device=device)
+        self.shape = f"{frames} frames, batch {batch}, no dropout"
 
-    def together(self, chosen: Sequence[int]) -> Losses:
+    def together(self, chosen: Sequence[int]) -> list[Tensor]:
         combinations = [self.combinations[index] for index in chosen]
         scores = self.model(self.inputs, combinations=combinations)
         return [F.l1_loss(one, self.target) for one in scores]
-
-    def apart(self, chosen: Sequence[int]) -> Losses:
-        found = []
-        for index in chosen:
-            inputs = {name: self.inputs[name] for name in self.combinations[index]}
-            found.append(F.l1_loss(self.model(inputs), self.target))
-        return found
 
 
 class MLPTask(Task):
@@ -138,14 +127,16 @@ class MLPTask(Task):
         hidden: list[nn.Module] = []
         for _ in range(layers - 1):
             hidden += [nn.Linear(width, width), nn.ReLU()]
-        trunk, head = nn.Sequential(*hidden), nn.Linear(width, losses)
-        self.model: nn.Sequential = nn.Sequential(trunk, head).to(device)
+        self.trunk, self.head, self.block = (
+            nn.Sequential(*hidden), nn.Linear(width, losses), hidden[-2],
+        )  # fmt: skip
+        self.model = nn.Sequential(self.trunk, self.head).to(device)
         self.losses = losses
-        self.trunk, self.head, self.block = trunk, head, hidden[-2]
         self.input = torch.randn(batch, width, device=device)
         self.target = torch.randn(batch, losses, device=device)
+        self.shape = f"width {width}, batch {batch}"
 
-    def together(self, chosen: Sequence[int]) -> Losses:
+    def together(self, chosen: Sequence[int]) -> list[Tensor]:
         output = self.model(self.input)
         return [F.mse_loss(output[:, index], self.target[:, index]) for index in chosen]
 
@@ -165,10 +156,31 @@ class EncodersTask(Task):
         self.model.to(device)
         self.input = torch.randn(2, width, device=device)
 
-    def together(self, chosen: Sequence[int]) -> Any:
+    def together(self, chosen: Sequence[int]) -> list[Any]:
         return [functools.partial(self._loss, self.combinations[index]) for index in chosen]
 
     def _loss(self, available: Sequence[str]) -> Tensor:
         features = torch.stack([self.model[name](self.input) for name in available]).mean(0)
         loss: Tensor = self.model["head"](features).square().mean()
         return loss
+
+
+class Rows:
+    """m random rows, in [-1, 1]: about half of the pairs conflict.
+
+    Attributes:
+        parameters: 182, of the sizes of the U-Net's tensors scaled to n elements in all.
+        gradients: m lists, one tensor for each parameter, as autograd leaves them.
+        matrix: (m, n), a copy of the same numbers.
+        orders: m permutations: whom row i meets, one after another.
+    """
+
+    def __init__(self, m: int, n: int, device: torch.device) -> None:
+        with torch.device("meta"):
+            sizes = [parameter.numel() for parameter in DynamicSharingUNet3d().parameters()]
+        scaled = [max(1, size * n // sum(sizes)) for size in sizes]
+        scaled[scaled.index(max(scaled))] += n - sum(scaled)
+        self.parameters = [torch.empty(size, device=device) for size in scaled]
+        self.matrix = torch.empty(m, n, device=device).uniform_(-1, 1)
+        self.gradients = [[part.clone() for part in row.split(scaled)] for row in self.matrix]
+        self.orders = [torch.randperm(m).tolist() for _ in range(m)]
