@@ -33,6 +33,7 @@ __all__ = [
     "Refused",
     "Results",
     "Whole",
+    "Written",
     "blaming",
     "checked",
     "list_of",
@@ -187,11 +188,17 @@ class Optimised:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Results:
+class Written:
     """Where the results go."""
 
     out: Annotated[Path | None, checked(Path, "a path", "DIR")] = None
     """result folder; without it results/NAME-DATE"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results(Written):
+    """Where the results go."""
+
     resume: Annotated[Path | None, checked(Path, "a path", "DIR")] = None
     """continue the interrupted run in DIR"""
 

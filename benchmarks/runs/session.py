@@ -15,7 +15,16 @@ from benchmarks.runs import ranks, results
 from benchmarks.runs.checkpoint import load_checkpoint, save_checkpoint
 from benchmarks.runs.command import blaming, refuse, restored
 
-__all__ = ["CHECKPOINT", "Diverged", "Session", "begin", "finished", "same_data"]
+__all__ = [
+    "CHECKPOINT",
+    "Diverged",
+    "Session",
+    "begin",
+    "finished",
+    "new_folder",
+    "same_data",
+    "show",
+]
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -129,13 +138,7 @@ def begin(
         same_data(data, session.kept["digest"])
         return session, config, data
     data = _loaded(config, load)
-    name = prog.rpartition(".")[2]
-    wanted = where.out or Path("results") / f"{name}-{datetime.date.today()}"
-    with blaming("--out"):
-        markers = (results.RESULTS, CHECKPOINT)
-        folder = ranks.first(lambda: results.new_folder(wanted, markers))
-    if folder != wanted:
-        print(f"{wanted} holds another run; writing to {folder}", file=sys.stderr)
+    folder = new_folder(prog, where.out)
     kept = {
         "benchmark": prog,
         "config": asdict(config),  # type: ignore[call-overload]
@@ -146,6 +149,17 @@ def begin(
         "current": None,
     }
     return Session(folder, kept), config, data
+
+
+def new_folder(prog: str, out: Path | None) -> Path:
+    """``out`` or results/NAME-DATE, or one beside it where that holds another run."""
+    wanted = out or Path("results") / f"{prog.rpartition('.')[2]}-{datetime.date.today()}"
+    with blaming("--out"):
+        markers = (results.RESULTS, CHECKPOINT)
+        folder = ranks.first(lambda: results.new_folder(wanted, markers))
+    if folder != wanted:
+        print(f"{wanted} holds another run; writing to {folder}", file=sys.stderr)
+    return folder
 
 
 def _loaded(config: Any, load: Callable[[Any], D]) -> D:

@@ -5,26 +5,26 @@
     python -m benchmarks.speed --parts projection,step --threads 1
     python -m benchmarks.speed --device cuda
 
-projection  gradients -> flat rows -> Gramian, rule, merged gradient: m rows of n elements, against
-            one read of the data, PCGrad pair by pair, and TorchJD's PCGrad and UPGrad; on a GPU
-            also the bandwidth that the kernels reach
-step        forward and backward: the BraTS U-Net (15 losses), the sentiment transformer (7), and
-            MLPs of 100 tensors (8) and of 6 (4), against plain backwards and TorchJD; once with a
-            forward that all losses share, once with one forward per loss
-memory      of U-Net, MLP and private encoders with a small head: live gradients and resident
-            memory, each in a process of its own; on the CPU
-growth      time against m and n, with fitted exponents
-ranks       elements sent, memory and time of a step of the MLP on 2 and on 4 ranks, with formulas,
-            against plain backwards under DDP; gloo, on the CPU, one thread per rank
+The parts:
+
+    projection  gradients -> flat rows -> Gramian, rule, merged gradient: m rows of n elements,
+                against one read of the data, PCGrad pair by pair, and TorchJD's PCGrad and UPGrad;
+                on a GPU also the bandwidth that the kernels reach
+    step        forward and backward: the BraTS U-Net (15 losses), the sentiment transformer (7),
+                and MLPs of 100 tensors (8) and of 6 (4), against plain backwards and TorchJD; once
+                with a forward that all losses share, once with one forward per loss
+    memory      of U-Net, MLP and private encoders with a small head: live gradients and resident
+                memory, each in a process of its own; on the CPU
+    growth      time against m and n, with fitted exponents
+    ranks       elements sent, memory and time of a step of the MLP on 2 and on 4 ranks, with
+                formulas, against plain backwards under DDP; gloo, on the CPU, one thread per rank
 
 Results go to results/speed-DATE: results.json with every single time, table.md, projection.png,
 step.png. Nothing is kept of a run that is interrupted.
 """
 
-import argparse
 import datetime
 import functools
-import io
 import itertools
 import os
 import platform
@@ -35,13 +35,13 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from tqdm import tqdm
 
-from benchmarks.runs import results
-from benchmarks.runs.command import positive_int
+from benchmarks.runs import command, results
+from benchmarks.runs.session import new_folder, show
 from benchmarks.speed import ways
 from benchmarks.speed.memory import in_own_process
 from benchmarks.speed.ranks import measure_ranks
@@ -49,7 +49,7 @@ from benchmarks.speed.report import write_report
 from benchmarks.speed.tasks import MLPTask, Rows, SentimentTask, Task, UNetTask
 from benchmarks.speed.timing import Clock, Contender, Row
 
-__all__ = ["PARTS", "PRESETS", "Sizes", "main", "run_parts"]
+__all__ = ["PARTS", "SIZES", "Sizes", "main", "run_parts"]
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Sizes:
     losses_on_ranks: tuple[int, ...] = (4, 7, 15)
 
 
-PRESETS: Mapping[str, Sizes] = {
+SIZES: Mapping[str, Sizes] = {
     "full": Sizes(),
     "quick": Sizes(
         rounds=1, rows=(4, 15), columns=(10_000, 100_000), modalities=2, width=8, crop=8, frames=10,
@@ -222,34 +222,49 @@ def run_parts(
 
 # --- command line --------------------------------------------------------------------------------
 
+PROG = "python -m benchmarks.speed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What is measured."""
+
+    parts: Annotated[tuple[str, ...], command.list_of(list(PARTS), "part")] = tuple(PARTS)
+    """comma-separated, of projection, step, memory, growth, ranks"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Measured, command.Machine):
+    """What is measured, and where; ``quick`` shows that it runs, not how fast."""
+
+    preset: Literal["full", "quick"]
+
+
+CONFIGS = {"full": Config(preset="full"), "quick": Config(preset="quick")}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    if options.device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("argument --device: torch sees no CUDA device here")
-    threads = torch.get_num_threads() if options.threads is None else options.threads
-    torch.set_num_threads(threads)
-    wanted = options.out or Path("results") / f"speed-{datetime.date.today()}"
-    try:
-        folder = results.new_folder(wanted, (results.RESULTS,))
-    except OSError as error:
-        parser.error(f"argument --out: cannot create {wanted}: {error.strerror}")
-    if folder != wanted:
-        print(f"{wanted} holds another run; writing to {folder}", file=sys.stderr)
-    sizes = PRESETS[options.preset]
+    return command.said(PROG, lambda: _main(arguments))
+
+
+def _main(arguments: list[str]) -> int:
+    config, where, _ = command.parse(arguments, PROG, __doc__ or "", CONFIGS, command.Written)
+    torch.set_num_threads(config.threads)
+    device = torch.device(config.device)
+    folder = new_folder(PROG, where.out)
+    sizes = SIZES[config.preset]
     # Of attention's backward under TorchJD's vmap, which runs it once per loss; table.md says so.
     warnings.filterwarnings("ignore", "There is a performance drop")
     try:
-        rows = run_parts(options.parts, sizes, options.device, sys.stderr.isatty())
+        rows = run_parts(config.parts, sizes, device, sys.stderr.isatty())
         content = {
-            "command": shlex.join(["python", "-m", "benchmarks.speed", *arguments]),
+            "command": shlex.join([*PROG.split(), *arguments]),
             "date": str(datetime.date.today()),
-            "machine": machine(options.device, threads),
+            "machine": machine(device, config.threads),
             "environment": results.environment(["numpy", "torchjd", "monai", "quadprog"]),
-            "preset": options.preset,
+            "preset": config.preset,
             "sizes": asdict(sizes),
             "rows": rows,
         }
@@ -259,9 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             folder.rmdir()
         print("\ninterrupted: nothing was written", file=sys.stderr)
         return 130
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # for an ASCII terminal
-    print(table)
+    show(table)
     print(f"written to {folder}")
     return 0
 
@@ -277,50 +290,6 @@ def machine(device: torch.device, threads: int) -> dict[str, Any]:
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
     }
-
-
-def _parts(text: str) -> tuple[str, ...]:
-    chosen = tuple(text.split(","))
-    for part in chosen:
-        if part not in PARTS:
-            raise argparse.ArgumentTypeError(
-                f"unknown part {part!r} (choose from {', '.join(PARTS)})"
-            )
-    return chosen
-
-
-def _device(text: str) -> torch.device:
-    try:
-        device = torch.device(text)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:N, got {text!r}")
-    return device
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.speed",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--preset", choices=PRESETS, default="full",
-        help="quick: toy sizes, that it runs, not how fast (default: full)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--parts", type=_parts, default=tuple(PARTS), metavar="LIST",
-        help=f"comma-separated, of {', '.join(PARTS)} (default: all)",
-    )  # fmt: skip
-    parser.add_argument("--threads", type=positive_int, metavar="N", help="default: torch's own")
-    parser.add_argument(
-        "--device", type=_device, default=torch.device("cpu"), help="cpu or cuda (default: cpu)"
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="result folder (default: results/speed-DATE)"
-    )
-    return parser
 
 
 if __name__ == "__main__":
