@@ -9,20 +9,21 @@ methods and measures of its folder. What stands between the two marks in STUDY.r
 
 import argparse
 import csv
-import io
 import itertools
 import json
 import math
-import statistics
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas as pd
 from scipy.stats import spearmanr
 
 from benchmarks.runs.comparison import Comparison, compare_all
-from benchmarks.runs.results import RESULTS, format_spread, write_text
+from benchmarks.runs.report import differences, seed_means
+from benchmarks.runs.results import RESULTS, SCORES, format_spread, write_text
 
 __all__ = ["main"]
 
@@ -37,7 +38,7 @@ class Measure(NamedTuple):
     setting: str
     name: str
     digits: int
-    values: Mapping[str, Mapping[int, float]]  # method -> seed -> value
+    values: pd.Series  # by method and seed
 
 
 class Findings(NamedTuple):
@@ -52,58 +53,42 @@ class Findings(NamedTuple):
 # --- reading -------------------------------------------------------------------------------------
 
 
-def of_sentiment(content: Mapping[str, Any]) -> Findings:
-    missing = content["config"]["missing"]
-    rates = ", ".join(f"{name} {rate:.0%}" for name, rate in missing.items())
-    title = f"Missing in training: {rates}" if rates else "All modalities in training"
-    singles = [name for name in content["combinations"] if "+" not in name]
-
-    def weakest(run: Mapping[str, Any]) -> float:
-        return max(float(run["test"][name]["mae"]) for name in singles)
-
-    measures = [
-        _measure(content, "MAE, mean of 7", 4, lambda run: float(run["summary"]["mae"])),
-        _measure(content, "MAE, worst of 7", 4, lambda run: float(run["summary"]["worst_mae"])),
-        _measure(content, "MAE, weakest alone", 4, weakest),
-    ]
+def of_sentiment(content: Mapping[str, Any], scores: pd.DataFrame) -> Findings:
+    rates = ", ".join(f"{name} {rate:.0%}" for name, rate in content["config"]["missing"].items())
     source = "synthetic data" if content["data"]["synthetic"] else "MOSI"
+    title = f"Missing in training: {rates}" if rates else "All modalities in training"
+    mae = scores[scores["metric"] == "mae"]
+    alone = mae[~mae["combination"].str.contains("+", regex=False)]
+    measures = [
+        Measure("", "MAE, mean of 7", 4, seed_means(mae)),
+        Measure("", "MAE, worst of 7", 4, _by_training(mae).max()),
+        Measure("", "MAE, weakest alone", 4, _by_training(alone).max()),
+    ]
     return Findings(f"{source}. {title}", measures, [*_also(measures[:1]), _seen(content)], {})
 
 
-def of_brats(content: Mapping[str, Any]) -> Findings:
-    def dice(run: Mapping[str, Any]) -> float:
-        cases = run["test"].values()
-        found = [
-            region["dice"] for case in cases for some in case.values() for region in some.values()
-        ]
-        return 100 * statistics.fmean(found)
-
+def of_brats(content: Mapping[str, Any], scores: pd.DataFrame) -> Findings:
     source = "Phantoms" if content["data"]["phantom"] else content["data"]["source"]
-    return Findings(source, [_measure(content, "Dice, points", 2, dice)], [_seen(content)], {})
+    dice = 100 * seed_means(scores[scores["metric"] == "dice"])
+    return Findings(source, [Measure("", "Dice, points", 2, dice)], [_seen(content)], {})
 
 
-def of_regimes(content: Mapping[str, Any]) -> Findings:
-    settings: dict[str, dict[str, dict[int, float]]] = {}
-    opposed: dict[str, list[float]] = {}
-    for row in content["rows"]:
-        setting = f"{row['part']}: {row['setting']}"
-        by_method = settings.setdefault(setting, {})
-        by_method.setdefault(row["method"], {})[row["seed"]] = row["score"]
-        if row["method"] == "sum":
-            opposed.setdefault(setting, []).append(row["opposed_all"])
-    measures = [Measure(setting, "score", 1, values) for setting, values in settings.items()]
-    rates = {setting: statistics.fmean(values) for setting, values in opposed.items()}
-    return Findings("Digits", measures, _also(measures), rates)
+def of_regimes(content: Mapping[str, Any], scores: pd.DataFrame) -> Findings:
+    rows = scores.assign(setting=scores["part"] + ": " + scores["setting"])
+    settings = rows.groupby("setting", sort=False)
+    measures = [
+        Measure(str(name), "score", 1, _by_training(some.rename(columns={"score": "value"})).mean())
+        for name, some in settings
+    ]
+    opposed = rows[rows["method"] == "sum"].groupby("setting", sort=False)["opposed_all"].mean()
+    return Findings("Digits", measures, _also(measures), opposed.to_dict())
 
 
 READERS = {"sentiment": of_sentiment, "brats": of_brats, "regimes": of_regimes}
 
 
-def _measure(content: Mapping[str, Any], name: str, digits: int, value: Any) -> Measure:
-    values: dict[str, dict[int, float]] = {}
-    for run in content["runs"]:
-        values.setdefault(run["method"], {})[run["seed"]] = value(run)
-    return Measure("", name, digits, values)
+def _by_training(scores: pd.DataFrame) -> Any:
+    return scores.groupby(["method", "seed"], sort=False)["value"]
 
 
 def _seen(content: Mapping[str, Any]) -> str:
@@ -113,16 +98,16 @@ def _seen(content: Mapping[str, Any]) -> str:
         runs = [run["gradients"]["per_epoch"] for run in content["runs"] if run["method"] == method]
         if not runs:
             continue
-        epochs = len(runs[0]["conflicts"])
-        parts = []
-        for key, name in (("conflicts", "pairs in conflict"), ("opposed", "losses opposed")):
-            first, last = (
-                statistics.fmean(value for run in runs if (value := run[key][epoch]) is not None)
-                for epoch in (0, epochs - 1)
-            )
-            parts.append(f"{name} {first:.1%} in the first epoch, {last:.1%} in the last")
-        aligned = [v for run in runs for v in run["alignment"] if v is not None]
-        parts.append(f"alignment with the plain sum {statistics.fmean(aligned):.3f}")
+        mean = {  # by epoch; None, an epoch without a number, is left out
+            key: pd.DataFrame([run[key] for run in runs], dtype=float).mean()
+            for key in ("conflicts", "opposed", "alignment")
+        }
+        parts = [
+            f"{name} {mean[key].iloc[0]:.1%} in the first epoch, {mean[key].iloc[-1]:.1%} in the "
+            "last"
+            for key, name in (("conflicts", "pairs in conflict"), ("opposed", "losses opposed"))
+        ]
+        parts.append(f"alignment with the plain sum {mean['alignment'].mean():.3f}")
         lines.append(f"In training with *{method}*: {'; '.join(parts)}.")
     return " ".join(lines)
 
@@ -131,15 +116,15 @@ def _also(measures: Sequence[Measure]) -> list[str]:
     """What else the plan asks: scopes, and both at once; corrected for all of ``measures``."""
     lines = []
     for method, other in (("gmd-all", "gmd"), ("balance+gmd-all", "balance")):
-        differences = {}
-        for measure in measures:
-            ours, theirs = measure.values.get(method), measure.values.get(other)
-            if ours is not None and theirs is not None:
-                where = measure.setting or measure.name
-                differences[where] = [ours[seed] - theirs[seed] for seed in ours]
+        compared = compare_all(
+            {
+                measure.setting or measure.name: found[method]
+                for measure in measures
+                if method in (found := differences(measure.values, other))
+            }
+        )
         said = [
-            f"{where} {_difference(found, measures[0].digits, bold=True)}"
-            for where, found in compare_all(differences).items()
+            f"{where} {_difference(one, measures[0].digits)}" for where, one in compared.items()
         ]
         lines += [f"*{method}* minus *{other}*: {'; '.join(said)}."] if said else []
     return lines
@@ -148,35 +133,36 @@ def _also(measures: Sequence[Measure]) -> list[str]:
 # --- writing -------------------------------------------------------------------------------------
 
 
-def section(content: Mapping[str, Any]) -> str:
+def section(content: Mapping[str, Any], scores: pd.DataFrame) -> str:
     """Provenance, table and remarks of one result folder."""
-    found = READERS[content["benchmark"]](content)
+    found = READERS[content["benchmark"]](content, scores)
     compared = compare_all(
         {
-            (place, method): [values[seed] - measure.values["sum"][seed] for seed in values]
+            (place, method): values
             for place, measure in enumerate(found.measures)
-            for method, values in measure.values.items()
-            if method not in ("full", "sum")
+            for method, values in differences(measure.values).items()
         }
     )
     methods = list(dict.fromkeys(method for _, method in compared))
-    seeds = sorted({seed for m in found.measures for v in m.values.values() for seed in v})
     rows = [["", "sum", *methods]]
     for place, measure in enumerate(found.measures):
-        name = measure.setting or measure.name
-        row = [name, format_spread(list(measure.values["sum"].values()), measure.digits)]
-        for method in methods:
-            one = compared.get((place, method))
-            row.append("" if one is None else _difference(one, measure.digits, bold=True))
-        rows.append(row)
+        of_sum = format_spread(measure.values["sum"].tolist(), measure.digits)
+        others = [
+            _difference(compared[place, method], measure.digits)
+            if (place, method) in compared
+            else ""
+            for method in methods
+        ]
+        rows.append([measure.setting or measure.name, of_sum, *others])
     versions = ", ".join(f"{name} {value}" for name, value in content["environment"].items())
+    seeds = scores["seed"]
     lines = [
         found.title,
         "~" * len(found.title),
         "",
         f"``{content['command']}``",
         "",
-        f"Seeds {seeds[0]} to {seeds[-1]}; {versions}. "
+        f"Seeds {seeds.min()} to {seeds.max()}; {versions}. "
         "*sum*: mean ± sample standard deviation; others: difference to it, [95 % interval]; "
         f"**bold**: shown, p below 0.05 after Holm's correction for {len(compared)} comparisons.",
         "",
@@ -187,12 +173,13 @@ def section(content: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _difference(found: Comparison, digits: int, bold: bool = False) -> str:
+def _difference(found: Comparison, digits: int) -> str:
+    """In bold where it is shown."""
     if found.interval is None:
         return f"{found.mean:+.{digits}f}"
     low, high = found.interval
     text = f"{found.mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
-    return f"**{text}**" if bold and found.shown else text
+    return f"**{text}**" if found.shown else text
 
 
 def _relation(found: Findings, compared: Mapping[tuple[int, str], Comparison]) -> list[str]:
@@ -224,10 +211,8 @@ def _relation(found: Findings, compared: Mapping[tuple[int, str], Comparison]) -
 
 
 def _csv_table(rows: Sequence[Sequence[str]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, quoting=csv.QUOTE_ALL, lineterminator="\n").writerows(rows)
-    body = "".join(f"   {line}\n" for line in text.getvalue().splitlines())
-    return f".. csv-table::\n   :header-rows: 1\n\n{body}"
+    text: str = pd.DataFrame(rows).to_csv(index=False, header=False, quoting=csv.QUOTE_ALL)
+    return ".. csv-table::\n   :header-rows: 1\n\n" + textwrap.indent(text, "   ")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -246,11 +231,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for folder in options.folders:
         try:
             content = json.loads((folder / RESULTS).read_text("utf-8"))
+            if content.get("benchmark") not in READERS:
+                parser.error(f"{folder}: a result of none of {', '.join(READERS)}")
+            rows = content.get("rows")  # of regimes
+            scores = pd.read_csv(folder / SCORES) if rows is None else pd.DataFrame(rows)
         except OSError as error:
-            parser.error(f"{folder}: {error.strerror}: no finished run ({RESULTS})")
-        if content.get("benchmark") not in READERS:
-            parser.error(f"{folder}: a result of none of {', '.join(READERS)}")
-        sections.append(section(content))
+            parser.error(f"{error.filename}: {error.strerror}: no finished run")
+        sections.append(section(content, scores))
     text = options.into.read_text("utf-8")
     before, start, rest = text.partition(MARKS[0])
     _, end, after = rest.partition(MARKS[1])

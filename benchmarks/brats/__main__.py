@@ -240,13 +240,12 @@ def _run(session: Session, config: Config, prepared: Prepared, predict: Path | N
             line=_line_of,
             saved=lambda training: training.save_models(session.folder),
         )
-        report = Report.of(
+        report = Report(
             prepared.data,
             splits=splits,
             config=session.config,
             command=session.command,
             environment=session.environment,
-            selection=_selection(config, splits),
             done=session.done,
         )
         table = ranks.first(lambda: write_report(report, session.folder))
@@ -265,15 +264,6 @@ def _run(session: Session, config: Config, prepared: Prepared, predict: Path | N
     print(table)
     print(f"written to {session.folder}")
     return 0
-
-
-def _selection(config: Config, splits: Mapping[str, Sequence[str]]) -> str:
-    if not splits["valid"]:
-        return "Tested: the last epoch; this split has no validation cases."
-    return (
-        "Tested: the epoch with the highest Dice on the validation split, mean over cases, the "
-        f"combinations each has and regions, of every {config.validate_every}th epoch and the last."
-    )
 
 
 def _line_of(result: Mapping[str, Any]) -> str:

@@ -134,7 +134,7 @@ def _run(session: Session, data: SentimentData) -> int:
             unit="step",
             line=_line_of,
         )
-        report = Report.of(
+        report = Report(
             data,
             config=session.config,
             command=session.command,
