@@ -95,7 +95,11 @@ def _seen(content: Mapping[str, Any]) -> str:
     """Conflicts, opposed and alignment of the trainings with sum and with gmd."""
     lines = []
     for method in ("sum", "gmd"):
-        runs = [run["gradients"]["per_epoch"] for run in content["runs"] if run["method"] == method]
+        runs = [
+            run["gradients"]["per_epoch"]
+            for run in content["runs"]
+            if run["method"] == method and "gradients" in run
+        ]
         if not runs:
             continue
         mean = {  # by epoch; None, an epoch without a number, is left out

@@ -4,7 +4,7 @@ import math
 import statistics
 from bisect import bisect_left
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
 
 from scipy.stats import nct, ttest_1samp
@@ -29,10 +29,8 @@ class Comparison:
         std: their sample standard deviation.
         interval: 95 % t interval of the mean, not corrected.
         p: of the two-sided t test, corrected by Holm for all that was compared with it.
-        needed: pairs that would show a mean of this size among this noise with a probability of
-            0.8, at the level of the smallest p of all that was compared; None: more than MOST.
 
-    One pair has no noise: all but the first two are None then.
+    One pair has no noise: the last three are None then.
     """
 
     differences: tuple[float, ...]
@@ -40,7 +38,6 @@ class Comparison:
     std: float | None = None
     interval: tuple[float, float] | None = None
     p: float | None = None
-    needed: int | None = None
 
     @property
     def shown(self) -> bool:
@@ -52,15 +49,16 @@ def compare_all(differences: Mapping[Key, Sequence[float]]) -> dict[Key, Compari
     """Everything that is looked at together, and therefore corrected together."""
     tested = {key: _test(values) for key, values in differences.items() if len(values) > 1}
     corrected = _holm({key: p for key, (p, _) in tested.items()})
-    found = {}
-    for key, values in differences.items():
-        found[key] = Comparison(tuple(values), statistics.fmean(values))
-        if key in tested:
-            std = statistics.stdev(values)
-            needed = _needed(abs(found[key].mean), std, LEVEL / len(tested))
-            interval, p = tested[key][1], corrected[key]
-            found[key] = replace(found[key], std=std, interval=interval, p=p, needed=needed)
-    return found
+    return {
+        key: Comparison(
+            differences=tuple(values),
+            mean=statistics.fmean(values),
+            std=statistics.stdev(values) if len(values) > 1 else None,
+            interval=tested[key][1] if key in tested else None,
+            p=corrected.get(key),
+        )
+        for key, values in differences.items()
+    }
 
 
 def verdict(
@@ -74,16 +72,16 @@ def verdict(
         what: the measure.
         digits: after the point.
         lower: whether lower is better.
-        methods: how many were compared with sum.
+        methods: how many were compared with sum: what the smallest p has to be multiplied by.
     """
     said = f"{name} against sum, {what}: {found.mean:+.{digits}f}"
-    if found.interval is None:
+    if found.interval is None or found.std is None:
         return f"{said} with one seed; that says nothing about noise: run more seeds."
     low, high = found.interval
     if found.shown:
         result = f"{'better' if (found.mean < 0) == lower else 'worse'} beyond the noise"
     else:
-        needed = found.needed
+        needed = _needed(abs(found.mean), found.std, LEVEL / methods)
         count = f"more than {MOST}" if needed is None else f"about {float(f'{needed:.2g}'):.0f}"
         result = f"no difference is shown; {count} seeds would be needed to tell one of this size"
     return (
@@ -113,7 +111,7 @@ def _holm(p_values: Mapping[Key, float]) -> dict[Key, float]:
 
 
 def _needed(mean: float, std: float, level: float) -> int | None:
-    """The smallest number of pairs whose t test at this level has the power POWER."""
+    """How many pairs show such a mean at this level with a probability of POWER; None: > MOST."""
 
     def power(n: int) -> float:  # without the tail on the other side, which is nothing by then
         size = mean / std * math.sqrt(n)

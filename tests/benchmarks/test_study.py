@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
 from benchmarks.sentiment import __main__ as sentiment
 from benchmarks.study import STUDY, main
@@ -94,9 +95,13 @@ def test_folders_come_in_their_order_and_are_corrected_apart(tmp_path: Path) -> 
     assert "to 10%, and from there on: *balance* 0 of 1, 0 of 0, 3 of 3." in text
 
 
-def test_a_real_run_of_the_sentiment_benchmark(tmp_path: Path) -> None:
+def test_a_real_run_of_the_sentiment_benchmark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Figure, "savefig", lambda _, path: Path(path).touch())  # takes long
     out = tmp_path / "run"
-    small = ["--width", "8", "--depth", "1", "--heads", "2", "--epochs", "1", "--seeds", "2"]
+    small = ["--width", "8", "--depth", "1", "--heads", "2", "--epochs", "1", "--seeds", "2",
+             "--batch-size", "320"]  # fmt: skip
     methods = ["--methods", "full,sum,gmd,gmd-all", "--first-seed", "7"]
     missing = ["--missing", "text=0.5"]
     assert sentiment.main([*small, *methods, *missing, "--out", str(out)]) == 0
