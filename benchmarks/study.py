@@ -9,7 +9,6 @@ methods and measures of its folder. What stands between the two marks in STUDY.r
 
 import argparse
 import csv
-import itertools
 import json
 import math
 import sys
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-from scipy.stats import spearmanr
 
 from benchmarks.runs.comparison import Comparison, compare_all
 from benchmarks.runs.report import differences, seed_means
@@ -32,22 +30,14 @@ STUDY = Path(__file__).with_name("STUDY.rst")
 MARKS = "\n.. results\n", "\n.. end of results\n"
 
 
-class Measure(NamedTuple):
-    """Of one setting, such as a unit; the values by method and seed, and how they are written."""
-
-    setting: str
-    name: str
-    digits: int
-    values: pd.Series  # by method and seed
-
-
 class Findings(NamedTuple):
     """What a result folder says."""
 
     title: str
-    measures: list[Measure]
+    measures: dict[str, pd.Series]  # by method and seed
+    digits: int  # of their values
     remarks: list[str]
-    opposed: dict[str, float]  # setting -> rate with sum, where each setting has one of its own
+    opposed: dict[str, float]  # by measure: the rate with sum, where each has one of its own
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -59,39 +49,39 @@ def of_sentiment(content: Mapping[str, Any], scores: pd.DataFrame) -> Findings:
     title = f"Missing in training: {rates}" if rates else "All modalities in training"
     mae = scores[scores["metric"] == "mae"]
     alone = mae[~mae["combination"].str.contains("+", regex=False)]
-    measures = [
-        Measure("", "MAE, mean of 7", 4, seed_means(mae)),
-        Measure("", "MAE, worst of 7", 4, _by_training(mae).max()),
-        Measure("", "MAE, weakest alone", 4, _by_training(alone).max()),
-    ]
-    return Findings(f"{source}. {title}", measures, [*_also(measures[:1]), _seen(content)], {})
+    means = {"MAE, mean of 7": seed_means(mae)}
+    measures = {
+        **means,
+        "MAE, worst of 7": _by_training(mae)["value"].max(),
+        "MAE, weakest alone": _by_training(alone)["value"].max(),
+    }
+    remarks = [*_also(means, 4), *_seen(content)]
+    return Findings(f"{source}. {title}", measures, 4, remarks, {})
 
 
 def of_brats(content: Mapping[str, Any], scores: pd.DataFrame) -> Findings:
     source = "Phantoms" if content["data"]["phantom"] else content["data"]["source"]
     dice = 100 * seed_means(scores[scores["metric"] == "dice"])
-    return Findings(source, [Measure("", "Dice, points", 2, dice)], [_seen(content)], {})
+    return Findings(source, {"Dice, points": dice}, 2, _seen(content), {})
 
 
 def of_regimes(content: Mapping[str, Any], scores: pd.DataFrame) -> Findings:
-    rows = scores.assign(setting=scores["part"] + ": " + scores["setting"])
-    settings = rows.groupby("setting", sort=False)
-    measures = [
-        Measure(str(name), "score", 1, _by_training(some.rename(columns={"score": "value"})).mean())
-        for name, some in settings
-    ]
-    opposed = rows[rows["method"] == "sum"].groupby("setting", sort=False)["opposed_all"].mean()
-    return Findings("Digits", measures, _also(measures), opposed.to_dict())
+    settings = scores.groupby(scores["part"] + ": " + scores["setting"], sort=False)
+    measures = {name: _by_training(some)["score"].mean() for name, some in settings}
+    opposed = {
+        name: some.loc[some["method"] == "sum", "opposed_all"].mean() for name, some in settings
+    }
+    return Findings("Digits", measures, 1, _also(measures, 1), opposed)
 
 
 READERS = {"sentiment": of_sentiment, "brats": of_brats, "regimes": of_regimes}
 
 
 def _by_training(scores: pd.DataFrame) -> Any:
-    return scores.groupby(["method", "seed"], sort=False)["value"]
+    return scores.groupby(["method", "seed"], sort=False)
 
 
-def _seen(content: Mapping[str, Any]) -> str:
+def _seen(content: Mapping[str, Any]) -> list[str]:
     """Conflicts, opposed and alignment of the trainings with sum and with gmd."""
     lines = []
     for method in ("sum", "gmd"):
@@ -102,34 +92,26 @@ def _seen(content: Mapping[str, Any]) -> str:
         ]
         if not runs:
             continue
-        mean = {  # by epoch; None, an epoch without a number, is left out
-            key: pd.DataFrame([run[key] for run in runs], dtype=float).mean()
+        conflicts, opposed, aligned = (  # by epoch; None, an epoch without a number, is left out
+            pd.DataFrame([run[key] for run in runs], dtype=float).mean().tolist()
             for key in ("conflicts", "opposed", "alignment")
-        }
-        parts = [
-            f"{name} {mean[key].iloc[0]:.1%} in the first epoch, {mean[key].iloc[-1]:.1%} in the "
-            "last"
-            for key, name in (("conflicts", "pairs in conflict"), ("opposed", "losses opposed"))
-        ]
-        parts.append(f"alignment with the plain sum {mean['alignment'].mean():.3f}")
-        lines.append(f"In training with *{method}*: {'; '.join(parts)}.")
-    return " ".join(lines)
+        )
+        lines.append(
+            f"In training with *{method}*: pairs in conflict {conflicts[0]:.1%} in the first "
+            f"epoch, {conflicts[-1]:.1%} in the last; losses opposed {opposed[0]:.1%} in the first "
+            f"epoch, {opposed[-1]:.1%} in the last; alignment with the plain sum "
+            f"{pd.Series(aligned).mean():.3f}."
+        )
+    return [" ".join(lines)]
 
 
-def _also(measures: Sequence[Measure]) -> list[str]:
+def _also(measures: Mapping[str, pd.Series], digits: int) -> list[str]:
     """What else the plan asks: scopes, and both at once; corrected for all of ``measures``."""
     lines = []
     for method, other in (("gmd-all", "gmd"), ("balance+gmd-all", "balance")):
-        compared = compare_all(
-            {
-                measure.setting or measure.name: found[method]
-                for measure in measures
-                if method in (found := differences(measure.values, other))
-            }
-        )
-        said = [
-            f"{where} {_difference(one, measures[0].digits)}" for where, one in compared.items()
-        ]
+        found = {name: differences(values, other) for name, values in measures.items()}
+        compared = compare_all({name: d[method] for name, d in found.items() if method in d})
+        said = [f"{name} {_difference(one, digits)}" for name, one in compared.items()]
         lines += [f"*{method}* minus *{other}*: {'; '.join(said)}."] if said else []
     return lines
 
@@ -142,37 +124,32 @@ def section(content: Mapping[str, Any], scores: pd.DataFrame) -> str:
     found = READERS[content["benchmark"]](content, scores)
     compared = compare_all(
         {
-            (place, method): values
-            for place, measure in enumerate(found.measures)
-            for method, values in differences(measure.values).items()
+            (name, method): of_seeds
+            for name, values in found.measures.items()
+            for method, of_seeds in differences(values).items()
         }
     )
     methods = list(dict.fromkeys(method for _, method in compared))
     rows = [["", "sum", *methods]]
-    for place, measure in enumerate(found.measures):
-        of_sum = format_spread(measure.values["sum"].tolist(), measure.digits)
-        others = [
-            _difference(compared[place, method], measure.digits)
-            if (place, method) in compared
-            else ""
-            for method in methods
-        ]
-        rows.append([measure.setting or measure.name, of_sum, *others])
+    for name, values in found.measures.items():
+        of_sum = format_spread(values["sum"].tolist(), found.digits)
+        others = (compared.get((name, method)) for method in methods)
+        cells = ("" if one is None else _difference(one, found.digits) for one in others)
+        rows.append([name, of_sum, *cells])
     versions = ", ".join(f"{name} {value}" for name, value in content["environment"].items())
-    seeds = scores["seed"]
     lines = [
         found.title,
         "~" * len(found.title),
         "",
         f"``{content['command']}``",
         "",
-        f"Seeds {seeds.min()} to {seeds.max()}; {versions}. "
+        f"Seeds {scores['seed'].min()} to {scores['seed'].max()}; {versions}. "
         "*sum*: mean ± sample standard deviation; others: difference to it, [95 % interval]; "
         f"**bold**: shown, p below 0.05 after Holm's correction for {len(compared)} comparisons.",
         "",
         _csv_table(rows),
         *(remark + "\n" for remark in found.remarks),
-        *_relation(found, compared),
+        *(_relation(found.opposed, compared) if found.opposed else ()),
     ]
     return "\n".join(lines)
 
@@ -186,26 +163,24 @@ def _difference(found: Comparison, digits: int) -> str:
     return f"**{text}**" if found.shown else text
 
 
-def _relation(found: Findings, compared: Mapping[tuple[int, str], Comparison]) -> list[str]:
+def _relation(
+    opposed: Mapping[str, float], compared: Mapping[tuple[str, str], Comparison]
+) -> list[str]:
     """What the opposed rate of a setting says of what a method gains there."""
-    if not found.opposed:
-        return []
+    table = pd.DataFrame(
+        [(m, opposed[name], one.mean, one.shown and one.mean > 0)
+         for (name, m), one in compared.items()],
+        columns=["method", "rate", "gain", "shown"],
+    )  # fmt: skip
+    table["bin"] = pd.cut(table["rate"], [0.0, *BINS, math.inf], right=False)
     ranked, counted = [], []
-    for method in dict.fromkeys(method for _, method in compared):
-        pairs = [
-            (found.opposed[measure.setting], compared[place, method])
-            for place, measure in enumerate(found.measures)
-            if (place, method) in compared
-        ]
-        if len(pairs) > 3:
-            rho = float(spearmanr([rate for rate, _ in pairs], [one.mean for _, one in pairs])[0])
-            ranked += [] if math.isnan(rho) else [f"*{method}* {rho:+.2f}"]
-        counts = []
-        for low, high in itertools.pairwise((0.0, *BINS, math.inf)):
-            inside = [one for rate, one in pairs if low <= rate < high]
-            counts.append(f"{sum(one.shown and one.mean > 0 for one in inside)} of {len(inside)}")
+    for method, own in table.groupby("method", sort=False):
+        rho = own["rate"].corr(own["gain"], method="spearman", min_periods=4)
+        ranked += [] if math.isnan(rho) else [f"*{method}* {rho:+.2f}"]
+        shown = own.groupby("bin", observed=False)["shown"]
+        counts = (f"{won.sum()} of {len(won)}" for _, won in shown)
         counted.append(f"*{method}* {', '.join(counts)}")
-    rates = "; ".join(f"{setting} {rate:.1%}" for setting, rate in found.opposed.items())
+    rates = "; ".join(f"{setting} {rate:.1%}" for setting, rate in opposed.items())
     bins = f"below {BINS[0]:.0%}, from there to {BINS[1]:.0%}, and from there on"
     return [
         f"Share of losses that are opposed in training with *sum*: {rates}.\n",

@@ -4,8 +4,6 @@ Nothing here trains, or knows the model.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import pandas as pd
 from torch import Tensor
 
 from benchmarks.brats.cases import MODALITIES, BratsData
+from benchmarks.brats.metrics import METRICS
 from benchmarks.brats.pictures import draw_cases, draw_combinations
 from benchmarks.runs import report as runs
 from benchmarks.runs import results
@@ -60,95 +59,52 @@ Mean ± sample standard deviation over the test cases, of one seed: it says how 
 trainings do."""
 
 
-@dataclass(frozen=True)
 class Report(runs.Report):
     """What the finished trainings of the BraTS benchmark found."""
-
-    data: BratsData
-    splits: Mapping[str, Sequence[str]] = field(kw_only=True)  # names of cases
 
     benchmark = "brats"
     title = "Brain tumours with missing modalities"
     levels = ("case", "combination", "region", "metric")
-    primary, digits, lower = "dice", 2, False
+    primary, lower, digits = "dice", False, 2
     factors = {"dice": 100.0, "soft_dice_released": 100.0}
     unit = "cases"
 
-    @property
-    def modalities(self) -> Sequence[str]:
-        modalities: Sequence[str] = self.config.get("modalities", MODALITIES)
-        return modalities
-
-    @property
-    def names(self) -> list[str]:
-        return ["+".join(some) for some in modality_combinations(self.modalities)]
-
-    @property
-    def order(self) -> list[str]:
-        """Names of the combinations as papers list them: single modalities first."""
-        return sorted(self.names, key=lambda name: name.count("+"))
-
-    @property
-    def regions(self) -> list[str]:
-        return list(self.data.regions)
-
-    @property
-    def generated(self) -> str:
-        return "PHANTOM, generated data" if self.data.phantom else ""
-
-    @property
-    def selection(self) -> str:
-        if not self.splits["valid"]:
-            return "Tested: the last epoch; this split has no validation cases."
-        return (
-            "Tested: the epoch with the highest Dice on valid, mean over cases, the combinations "
-            f"each has and regions, of every {self.config['validate_every']}th epoch and the last."
-        )
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        return {name: len(cases) for name, cases in self.splits.items()}
-
-    @property
-    def compared(self) -> str:
-        return f"mean Dice in points over {self.averaged}"
-
-    @cached_property
-    def counts(self) -> dict[str, int]:
-        """Per combination, the test cases that have it: the same for every method."""
+    def __init__(self, data: BratsData, *, splits: Mapping[str, Sequence[str]], **more: Any):
+        self.modalities = list(more["config"].get("modalities", MODALITIES))
+        self.names = ["+".join(some) for some in modality_combinations(self.modalities)]
+        # As papers list them: single modalities first.
+        self.order = sorted(self.names, key=lambda name: name.count("+"))
+        super().__init__(data, **more)
+        self.generated = "PHANTOM, generated data" if data.phantom else ""
+        self.sizes = {name: len(cases) for name, cases in splits.items()}
+        self.regions = list(data.regions)
+        labels = (f"{name} = labels {list(some)}" for name, some in data.regions.items())
+        self.remarks = [f"Regions: {'; '.join(labels)}."]
+        self.selection = "Tested: the last epoch; this split has no validation cases."
+        if splits["valid"]:
+            self.selection = (
+                "Tested: the epoch with the highest Dice on valid, mean over cases, the "
+                "combinations each has and regions, of every "
+                f"{self.config['validate_every']}th epoch and the last."
+            )
         cases = self.scores.groupby("combination")["case"].nunique()
-        return {name: int(cases.get(name, 0)) for name in self.order}
-
-    @property
-    def complete(self) -> bool:
-        """Whether every test case has all modalities."""
-        return min(self.counts.values()) == self.sizes["test"]
-
-    @property
-    def averaged(self) -> str:
-        """What a mean over combinations is over: without those that no test case has."""
+        # By combination: the test cases that have it; the same for every method.
+        self.counts = {name: int(cases.get(name, 0)) for name in self.order}
+        self.complete = min(self.counts.values()) == self.sizes["test"]
         there, count = sum(n > 0 for n in self.counts.values()), len(self.order)
-        if there == count:
-            return f"the {count} combinations"
-        return f"the combinations that a test case has ({there} of {count})"
-
-    def about_data(self) -> list[str]:
-        regions = "; ".join(
-            f"{name} = label{'s' if len(labels) > 1 else ''} {', '.join(map(str, labels))}"
-            for name, labels in self.data.regions.items()
-        )
-        return [f"Regions: {regions}."]
-
-    def content(self) -> dict[str, Any]:
-        return {
+        self.averaged = f"the {count} combinations"
+        if there < count:
+            self.averaged = f"the combinations that a test case has ({there} of {count})"
+        self.compared = f"mean Dice in points over {self.averaged}"
+        self.content = {
             "data": {
-                "source": self.data.source,
-                "phantom": self.data.phantom,
-                "sha256": self.data.digest,
+                "source": data.source,
+                "phantom": data.phantom,
+                "sha256": data.digest,
                 "modalities": self.modalities,
-                "regions": self.data.regions,
+                "regions": data.regions,
             },
-            "splits": self.splits,
+            "splits": splits,
             "combinations": self.order,
         }
 
@@ -163,17 +119,11 @@ class Report(runs.Report):
             averaged=self.averaged,
         )
         notes = runs.filled(about + _DICE_NOTES + ("" if self.complete else _LACKING))
-        soft = self._combination_table("soft_dice_released")
+        dice, hd95, soft = map(self._combination_table, METRICS)
         return [
-            (
-                "Test Dice in %, by available modalities",
-                f"{self._combination_table('dice')}\n{notes}",
-            ),
+            ("Test Dice in %, by available modalities", f"{dice}\n{notes}"),
             ("Test, per method", self._method_table()),
-            (
-                "Test HD95 in mm, by available modalities",
-                f"{self._combination_table('hd95')}\n{_HD95_NOTES}",
-            ),
+            ("Test HD95 in mm, by available modalities", f"{hd95}\n{_HD95_NOTES}"),
             ("The released code's soft Dice in %", f"{soft}\n{_SOFT_NOTES}"),
         ]
 
@@ -264,8 +214,6 @@ def _draw_case(report: Report, path: Path) -> None:
     predictions: dict[str, list[tuple[Bools, str] | None]] = {}
     for method in report.methods:
         slices, result = first[method]["slices"], first[method]["result"]
-        if any(slices[key] != shown[key] for key in ("case", "index")):
-            raise ValueError(f"slices of {method!r} and {report.methods[0]!r} differ in place")
         cells: list[tuple[Bools, str] | None] = []
         most = max(slices["predictions"], key=lambda name: name.count("+"))
         for name in [most, *singles]:

@@ -7,13 +7,10 @@ from a ``combination`` of modalities; where the benchmark has them, of one ``cas
 import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from benchmarks.runs import gradients, results
@@ -80,78 +77,56 @@ def number(value: float, digits: int) -> str:
 # --- reports -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class Report:
     """What the finished trainings found, ready to be written. Each benchmark has its own."""
 
-    data: Any  # with source and digest
-    config: Mapping[str, Any]  # with methods and epochs; written as it is
-    command: str
-    environment: Mapping[str, str]
-    done: Sequence[Mapping[str, Any]]  # {"result": ..., "records": ...} per training
+    benchmark: str
+    title: str
+    levels: Sequence[str]  # of the nested result["test"]: columns of the scores
+    primary: str  # the metric that methods are compared by
+    lower: bool  # whether lower is better
+    digits: int  # of a difference
+    compared: str  # the primary metric in words: what it is over, in which unit
+    factors: Mapping[str, float] = {}  # metric -> what it is multiplied by to be shown
+    names: list[str]  # of the combinations, as the records number them
+    generated: str  # in every title; empty: the data are real
+    unit: str  # of the splits
+    sizes: Mapping[str, int]  # of the splits
+    remarks: Sequence[str]  # more sentences about the data
+    selection: str  # a sentence: which epoch was tested
+    content: Mapping[str, Any]  # what else the result file holds
 
-    benchmark: ClassVar[str]
-    title: ClassVar[str]
-    levels: ClassVar[Sequence[str]]  # of the nested result["test"]: columns of the scores
-    primary: ClassVar[str]  # the metric that methods are compared by
-    digits: ClassVar[int]  # of a difference
-    lower: ClassVar[bool]  # whether a lower primary metric is better
-    factors: ClassVar[Mapping[str, float]] = {}  # metric -> what it is multiplied by to be shown
-    unit: ClassVar[str]  # of the splits
-
-    # -- what a benchmark says ---------------------------------------------------------------------
-
-    @property
-    def names(self) -> list[str]:
-        """Of the combinations, as the records number them: largest first."""
-        raise NotImplementedError
-
-    @property
-    def generated(self) -> str:
-        """What generated data are called in every title; empty for real ones."""
-        raise NotImplementedError
-
-    @property
-    def selection(self) -> str:
-        """A sentence: which epoch was tested."""
-        raise NotImplementedError
-
-    @property
-    def compared(self) -> str:
-        """What the means of the primary metric are over, and in which unit."""
-        raise NotImplementedError
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Of the splits."""
-        raise NotImplementedError
-
-    def about_data(self) -> list[str]:
-        """More sentences about the data."""
-        raise NotImplementedError
+    def __init__(
+        self,
+        data: Any,  # with source and digest
+        *,
+        config: Mapping[str, Any],  # with methods and epochs; written as it is
+        command: str,
+        environment: Mapping[str, str],
+        done: Sequence[Mapping[str, Any]],  # {"result": ..., "records": ...} per training
+    ) -> None:
+        self.data, self.config, self.done = data, config, done
+        self.command, self.environment = command, environment
+        self.methods: list[str] = list(config["methods"])
+        found = [one["result"] for one in done]
+        self.seeds = sorted({result["seed"] for result in found})
+        rows = [
+            (result["method"], result["seed"], *row)
+            for result in found
+            for row in _flat(result["test"])
+        ]
+        self.scores = pd.DataFrame(rows, columns=["method", "seed", *self.levels, "value"])
+        self.seen = gradients.diagnose_all(done, self.names)
+        # What the Gramians were measured on.
+        self.scope = ALL if config.get("scope") == "all" else "the shared parameters"
 
     def sections(self) -> list[tuple[str, str]]:
         """Headings and bodies of the tables of scores."""
         raise NotImplementedError
 
-    def content(self) -> dict[str, Any]:
-        """What else the result file holds."""
-        raise NotImplementedError
-
     def draw(self, folder: Path) -> None:
         """The pictures of the scores."""
         raise NotImplementedError
-
-    # -- what follows ------------------------------------------------------------------------------
-
-    @cached_property
-    def scores(self) -> pd.DataFrame:
-        rows = [
-            (one["result"]["method"], one["result"]["seed"], *row)
-            for one in self.done
-            for row in _flat(one["result"]["test"])
-        ]
-        return pd.DataFrame(rows, columns=["method", "seed", *self.levels, "value"])
 
     def of(self, metric: str, method: str | None = None) -> pd.DataFrame:
         """The scores of a metric, of one method or of all, in the unit in which it is shown."""
@@ -159,32 +134,14 @@ class Report:
         some = some if method is None else some[some["method"] == method]
         return some.assign(value=some["value"] * self.factors.get(metric, 1.0))
 
-    @cached_property
-    def seen(self) -> dict[str, dict[str, npt.NDArray[np.float64]]]:
-        """By method: :func:`gradients.diagnose`, stacked over seeds."""
-        return gradients.diagnose_all(self.done, self.names)
-
-    @property
-    def methods(self) -> list[str]:
-        return list(self.config["methods"])
-
-    @property
-    def seeds(self) -> list[int]:
-        return sorted({one["result"]["seed"] for one in self.done})
-
     @property
     def label(self) -> str:
-        """For titles."""
+        """For titles of pictures."""
         return self.generated or f"{Path(self.data.source).name} (SHA-256 {self.data.digest[:12]})"
 
     @property
-    def scope(self) -> str:
-        """What the Gramians were measured on."""
-        return ALL if self.config.get("scope") == "all" else "the shared parameters"
-
-    @property
     def over(self) -> str:
-        """What means are over, for titles."""
+        """What means are over, for those titles."""
         seeds = len(self.seeds)
         return f"mean ± sample std over {seeds} seeds" if seeds > 1 else "1 seed"
 
@@ -195,17 +152,8 @@ class Report:
     def verdicts(self) -> list[str]:
         """A paragraph for each method that was compared."""
         found = self.compare()
-        said = [
-            verdict(
-                method,
-                one,
-                what=self.compared,
-                digits=self.digits,
-                lower=self.lower,
-                methods=len(found),
-            )
-            for method, one in found.items()
-        ]
+        how: dict[str, Any] = {"what": self.compared, "digits": self.digits, "lower": self.lower}
+        said = [verdict(name, one, methods=len(found), **how) for name, one in found.items()]
         if said and len(self.seeds) > 1:
             said.append(
                 f"Noise is what differs between seeds; that the {self.sizes['test']} test "
@@ -223,7 +171,7 @@ class Report:
         lines = [
             f"Data: `{self.data.source}`{self._note}; SHA-256 `{self.data.digest}`; "
             f"{self.unit}: {sizes}.",
-            *self.about_data(),
+            *self.remarks,
             f"Command: `{self.command}`",
             f"Seeds: {', '.join(map(str, self.seeds))}. {self.selection}",
             f"Hyperparameters: {hyperparameters}.",
@@ -267,7 +215,7 @@ class Report:
             "config": self.config,
             "environment": self.environment,
             "selection": self.selection,
-            **self.content(),
+            **self.content,
             "comparisons": {"against": "sum", "metric": self.compared, **compared},
             "runs": runs,
         }

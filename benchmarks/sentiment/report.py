@@ -5,7 +5,6 @@ Nothing here trains, or knows the model.
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,6 @@ non-negative; "non 0": negative against positive, zero labels left out; F1 weigh
 Corr of a constant prediction is 0. Worst MAE: the combination with the highest. "train mean"
 predicts the mean label of train, whatever it is given.
 """
-TRAIN_MEAN = "(train mean)"
 RATES = tuple(n / 10 for n in range(8))
 _RATES = """\
 Each modality of a test utterance is missing with this rate, whatever the others are; an utterance
@@ -117,107 +115,72 @@ def summarise(by_combination: Mapping[str, Mapping[str, float]]) -> dict[str, fl
 class Report(runs.Report):
     """What the finished trainings of the sentiment benchmark found."""
 
-    data: SentimentData
-
     benchmark = "sentiment"
     title = "Sentiment with missing modalities"
     levels = ("combination", "metric")
-    primary, digits, lower = "mae", 4, True
+    primary, lower, digits, compared = "mae", True, 4, "mean MAE"
+    names = NAMES
     unit = "utterances"
+    selection = "Tested: the epoch with the lowest MAE on valid, mean over all combinations."
 
-    @property
-    def names(self) -> list[str]:
-        return NAMES
-
-    @property
-    def generated(self) -> str:
-        return "SYNTHETIC data" if self.data.synthetic else ""
-
-    @property
-    def selection(self) -> str:
-        return "Tested: the epoch with the lowest MAE on valid, mean over all combinations."
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        return {name: len(split) for name, split in self.data.splits.items()}
-
-    @property
-    def compared(self) -> str:
-        if self.complete:
-            return "mean MAE"
-        least, most = min(self.counts.values()), max(self.counts.values())
-        return (
-            f"mean MAE over the {least} to {most} of {self.sizes['test']} test utterances that "
-            "have all modalities of a combination"
+    def __init__(self, data: SentimentData, **more: Any) -> None:
+        super().__init__(data, **more)
+        self.generated = "SYNTHETIC data" if data.synthetic else ""
+        self.sizes = {name: len(split) for name, split in data.splits.items()}
+        self.remarks = data.remarks()
+        train, test = data.splits["train"].labels, data.splits["test"]
+        self.constant = metrics(  # of the mean label of train
+            np.full(len(test), float(train.double().mean())), test.labels.double().numpy()
         )
-
-    def about_data(self) -> list[str]:
-        return self.data.remarks()
-
-    @cached_property
-    def constant(self) -> dict[str, float]:
-        """The scores of the mean label of train."""
-        train, test = self.data.splits["train"].labels, self.data.splits["test"].labels
-        guess = np.full(len(test), float(train.double().mean()))
-        return metrics(guess, test.double().numpy())
-
-    @cached_property
-    def counts(self) -> dict[str, int]:
-        """By combination: the test utterances that have all of its modalities."""
-        available = self.data.splits["test"].available
-        return {
-            name: int(available[:, [MODALITIES.index(one) for one in some]].all(1).sum())
+        self.counts = {  # by combination: the test utterances that have all of its modalities
+            name: int(test.available[:, [MODALITIES.index(one) for one in some]].all(1).sum())
             for name, some in zip(NAMES, COMBINATIONS, strict=True)
         }
-
-    @property
-    def complete(self) -> bool:
-        """Whether every test utterance has all modalities."""
-        return min(self.counts.values()) == self.sizes["test"]
-
-    def by_combination(self, metric: str) -> pd.DataFrame:
-        """A row per method and seed, a column per combination."""
-        table = self.of(metric).pivot(
-            index=["method", "seed"], columns="combination", values="value"
-        )
-        return table.reindex(self.methods, level="method")[NAMES]
-
-    def content(self) -> dict[str, Any]:
-        return {
+        least, most = min(self.counts.values()), max(self.counts.values())
+        self.complete = least == len(test)
+        if not self.complete:
+            self.compared += (
+                f" over the {least} to {most} of {len(test)} test utterances that have all "
+                "modalities of a combination"
+            )
+        self.content = {
             "data": {
-                "source": self.data.source,
-                "synthetic": self.data.synthetic,
-                "sha256": self.data.digest,
-                "shapes": self.data.shapes(),
-                "cleaning": self.data.cleaning,
-                "remarks": self.data.remarks(),
+                "source": data.source,
+                "synthetic": data.synthetic,
+                "sha256": data.digest,
+                "shapes": data.shapes(),
+                "cleaning": data.cleaning,
+                "remarks": self.remarks,
             },
             "combinations": NAMES,
             "test_utterances": self.counts,
             "constant_predictor": self.constant,
         }
 
+    def by_combination(self, metric: str) -> pd.DataFrame:
+        """A row per method and seed, a column per combination."""
+        keys = ["method", "seed"]
+        return self.of(metric).pivot(index=keys, columns="combination", values="value")[NAMES]
+
     def sections(self) -> list[tuple[str, str]]:
         seeds = f"{len(self.seeds)} seed{'s' if len(self.seeds) > 1 else ''}"
         lacking = "" if self.complete else "\n" + _LACKING.format(all=self.sizes["test"])
         means = f"Test, mean over the {len(NAMES)} combinations of available modalities"
+        mae, acc2 = map(self._combination_table, ("mae", "acc2_non0"))
         return [
             (means, self._main_table() + "\n" + _NOTES.format(seeds=seeds)),
-            ("Test MAE per combination", self._combination_table("mae") + lacking),
+            ("Test MAE per combination", mae + lacking),
             ("Test MAE by missing rate", self._rate_table()),
-            (
-                "Test Acc-2 without zero labels, per combination",
-                self._combination_table("acc2_non0"),
-            ),
+            ("Test Acc-2 without zero labels, per combination", acc2),
         ]
 
     def _main_table(self) -> str:
-        constant = [f"{self.constant[name]:.3f}" for name in (*METRICS, "mae")]
-        rows = [["train mean", *constant]]
-        highest = self.by_combination("mae").max(axis=1)
+        rows = [["train mean", *(f"{self.constant[name]:.3f}" for name in (*METRICS, "mae"))]]
+        columns = [self.by_combination(metric).mean(axis=1) for metric in METRICS]
+        columns.append(self.by_combination("mae").max(axis=1))
         for method in self.methods:
-            cells = [runs.cell(self.of(metric, method), 3) for metric in METRICS]
-            rows.append([method, *cells, results.format_spread(highest[method].tolist())])
+            cells = [results.format_spread(column[method].tolist()) for column in columns]
+            rows.append([method, *cells])
         return results.markdown_table(["method", *METRICS.values(), "Worst MAE"], rows)
 
     def _combination_table(self, metric: str) -> str:
@@ -226,14 +189,14 @@ class Report(runs.Report):
 
     def _by_method(self, what: str, metric: str, values: Mapping[str, pd.Series]) -> str:
         """A row for each of ``values`` (by method and seed), and one for the train mean."""
-        counts = {} if self.complete else {**self.counts, TRAIN_MEAN: self.sizes["test"]}
+        n = 0 if self.complete else 1  # columns
         rows = []
         for name, found in values.items():
             cells = [results.format_spread(found[method].tolist()) for method in self.methods]
-            rows.append([name, *([str(counts[name])] if counts else []), *cells])
-        count = [str(counts[TRAIN_MEAN])] if counts else []
-        rows.append([TRAIN_MEAN, *count, *[f"{self.constant[metric]:.3f}"] * len(self.methods)])
-        return results.markdown_table([what, *["n"] * bool(counts), *self.methods], rows)
+            rows.append([name, *[str(self.counts.get(name))] * n, *cells])
+        constant = [f"{self.constant[metric]:.3f}"] * len(self.methods)
+        rows.append(["(train mean)", *[str(self.sizes["test"])] * n, *constant])
+        return results.markdown_table([what, *["n"] * n, *self.methods], rows)
 
     def _rate_table(self) -> str:
         if not self.complete:

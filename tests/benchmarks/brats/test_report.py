@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.figure import Figure
 from numpy.testing import assert_allclose
 
 from benchmarks.brats.cases import BratsData
@@ -139,6 +140,13 @@ def test_averages_are_over_the_cases_that_have_the_modalities() -> None:
     ]
 
 
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are made, but not drawn, which would take longer than all the rest."""
+    monkeypatch.setattr(Figure, "savefig", lambda _, path: Path(path).touch())
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_a_combination_that_no_case_has_is_no_number(tmp_path: Path) -> None:
     run = finished("full", 0, {"a": {"t1": 0.3}, "b": {"t1": 0.5}})
     for name in ("t2", "t1+t2"):
@@ -191,7 +199,7 @@ def test_the_result_folder(tmp_path: Path) -> None:
     assert (tmp_path / "table.md").read_text(encoding="utf-8") == text
     for stated in (
         "`/data/cases`", "SHA-256 `0123456789abcdef`", "train 3, valid 0, test 2", "lr 0.1",
-        "Seeds: 0, 1. Tested: the last epoch;", "WT = labels 1, 2, 4", "torch 2.0", "9 s in all",
+        "Seeds: 0, 1. Tested: the last epoch;", "WT = labels [1, 2, 4]", "torch 2.0", "9 s in all",
         "`python -m benchmarks.brats --methods sum`",
     ):  # fmt: skip
         assert stated in text, stated
@@ -215,6 +223,7 @@ def test_the_result_folder(tmp_path: Path) -> None:
         assert run["test"][row.case][row.combination][row.region][row.metric] == row.value
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_full_alone_has_nothing_to_compare(tmp_path: Path) -> None:
     text = write_report(report([finished("full", 0, COMPLETE)]), tmp_path)
     assert {path.name for path in tmp_path.glob("*.png")} == {"cases.png", "dice.png"}
@@ -231,14 +240,6 @@ def test_titles_say_what_is_generated_and_where_gradients_were_measured() -> Non
     assert found.as_json()["data"]["phantom"] is True
     assert any(title.startswith("## Gradients on all parameters") for title in titles)
     assert report([]).label == "cases (SHA-256 0123456789ab)"
-
-
-def test_slices_of_two_places_are_not_compared(tmp_path: Path) -> None:
-    done = [finished("sum", 0, COMPLETE), finished("gmd", 0, COMPLETE)]
-    done[1]["slices"]["index"] = 8
-    with pytest.raises(ValueError, match="'gmd' and 'sum' differ"):
-        write_report(report(done), tmp_path)
-    assert not os.listdir(tmp_path)
 
 
 # --- rows that are not there ---------------------------------------------------------------------
