@@ -69,7 +69,9 @@ class Report(runs.Report):
     factors = {"dice": 100.0, "soft_dice_released": 100.0}
     unit = "cases"
 
-    def __init__(self, data: BratsData, *, splits: Mapping[str, Sequence[str]], **more: Any):
+    def __init__(
+        self, data: BratsData, *, splits: Mapping[str, Sequence[str]], **more: Any
+    ) -> None:
         self.modalities = list(more["config"].get("modalities", MODALITIES))
         self.names = ["+".join(some) for some in modality_combinations(self.modalities)]
         # As papers list them: single modalities first.

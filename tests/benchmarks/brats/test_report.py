@@ -70,7 +70,6 @@ COMPLETE = {
     "b": {"t1+t2": 0.7, "t1": 0.5, "t2": 0.6},
 }
 BETTER = {case: {name: d + 0.04 for name, d in row.items()} for case, row in COMPLETE.items()}
-WORSE = {case: {name: d - 0.2 for name, d in row.items()} for case, row in COMPLETE.items()}
 
 
 def report(done: list[dict[str, Any]], *, phantom: bool = False, scope: str = "shared") -> Report:
