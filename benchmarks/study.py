@@ -9,20 +9,19 @@ methods and measures of its folder. What stands between the two marks in STUDY.r
 
 import argparse
 import csv
-import io
-import itertools
 import json
 import math
-import statistics
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scipy.stats import spearmanr
+import pandas as pd
 
 from benchmarks.runs.comparison import Comparison, compare_all
-from benchmarks.runs.results import RESULTS, format_spread, write_text
+from benchmarks.runs.report import differences, seed_means
+from benchmarks.runs.results import RESULTS, SCORES, format_spread, write_text
 
 __all__ = ["main"]
 
@@ -31,116 +30,88 @@ STUDY = Path(__file__).with_name("STUDY.rst")
 MARKS = "\n.. results\n", "\n.. end of results\n"
 
 
-class Measure(NamedTuple):
-    """Of one setting, such as a unit; the values by method and seed, and how they are written."""
-
-    setting: str
-    name: str
-    digits: int
-    values: Mapping[str, Mapping[int, float]]  # method -> seed -> value
-
-
 class Findings(NamedTuple):
     """What a result folder says."""
 
     title: str
-    measures: list[Measure]
+    measures: dict[str, pd.Series]  # by method and seed
+    digits: int  # of their values
     remarks: list[str]
-    opposed: dict[str, float]  # setting -> rate with sum, where each setting has one of its own
+    opposed: dict[str, float]  # by measure: the rate with sum, where each has one of its own
 
 
 # --- reading -------------------------------------------------------------------------------------
 
 
-def of_sentiment(content: Mapping[str, Any]) -> Findings:
-    missing = content["config"]["missing"]
-    rates = ", ".join(f"{name} {rate:.0%}" for name, rate in missing.items())
-    title = f"Missing in training: {rates}" if rates else "All modalities in training"
-    singles = [name for name in content["combinations"] if "+" not in name]
-
-    def weakest(run: Mapping[str, Any]) -> float:
-        return max(float(run["test"][name]["mae"]) for name in singles)
-
-    measures = [
-        _measure(content, "MAE, mean of 7", 4, lambda run: float(run["summary"]["mae"])),
-        _measure(content, "MAE, worst of 7", 4, lambda run: float(run["summary"]["worst_mae"])),
-        _measure(content, "MAE, weakest alone", 4, weakest),
-    ]
+def of_sentiment(content: Mapping[str, Any], scores: pd.DataFrame) -> Findings:
+    rates = ", ".join(f"{name} {rate:.0%}" for name, rate in content["config"]["missing"].items())
     source = "synthetic data" if content["data"]["synthetic"] else "MOSI"
-    return Findings(f"{source}. {title}", measures, [*_also(measures[:1]), _seen(content)], {})
+    title = f"Missing in training: {rates}" if rates else "All modalities in training"
+    mae = scores[scores["metric"] == "mae"]
+    alone = mae[~mae["combination"].str.contains("+", regex=False)]
+    means = {"MAE, mean of 7": seed_means(mae)}
+    measures = {
+        **means,
+        "MAE, worst of 7": _by_training(mae)["value"].max(),
+        "MAE, weakest alone": _by_training(alone)["value"].max(),
+    }
+    remarks = [*_also(means, 4), *_seen(content)]
+    return Findings(f"{source}. {title}", measures, 4, remarks, {})
 
 
-def of_brats(content: Mapping[str, Any]) -> Findings:
-    def dice(run: Mapping[str, Any]) -> float:
-        cases = run["test"].values()
-        found = [
-            region["dice"] for case in cases for some in case.values() for region in some.values()
-        ]
-        return 100 * statistics.fmean(found)
-
+def of_brats(content: Mapping[str, Any], scores: pd.DataFrame) -> Findings:
     source = "Phantoms" if content["data"]["phantom"] else content["data"]["source"]
-    return Findings(source, [_measure(content, "Dice, points", 2, dice)], [_seen(content)], {})
+    dice = 100 * seed_means(scores[scores["metric"] == "dice"])
+    return Findings(source, {"Dice, points": dice}, 2, _seen(content), {})
 
 
-def of_regimes(content: Mapping[str, Any]) -> Findings:
-    settings: dict[str, dict[str, dict[int, float]]] = {}
-    opposed: dict[str, list[float]] = {}
-    for row in content["rows"]:
-        setting = f"{row['part']}: {row['setting']}"
-        by_method = settings.setdefault(setting, {})
-        by_method.setdefault(row["method"], {})[row["seed"]] = row["score"]
-        if row["method"] == "sum":
-            opposed.setdefault(setting, []).append(row["opposed_all"])
-    measures = [Measure(setting, "score", 1, values) for setting, values in settings.items()]
-    rates = {setting: statistics.fmean(values) for setting, values in opposed.items()}
-    return Findings("Digits", measures, _also(measures), rates)
+def of_regimes(content: Mapping[str, Any], scores: pd.DataFrame) -> Findings:
+    settings = scores.groupby(scores["part"] + ": " + scores["setting"], sort=False)
+    measures = {name: _by_training(some)["score"].mean() for name, some in settings}
+    opposed = {
+        name: some.loc[some["method"] == "sum", "opposed_all"].mean() for name, some in settings
+    }
+    return Findings("Digits", measures, 1, _also(measures, 1), opposed)
 
 
 READERS = {"sentiment": of_sentiment, "brats": of_brats, "regimes": of_regimes}
 
 
-def _measure(content: Mapping[str, Any], name: str, digits: int, value: Any) -> Measure:
-    values: dict[str, dict[int, float]] = {}
-    for run in content["runs"]:
-        values.setdefault(run["method"], {})[run["seed"]] = value(run)
-    return Measure("", name, digits, values)
+def _by_training(scores: pd.DataFrame) -> Any:
+    return scores.groupby(["method", "seed"], sort=False)
 
 
-def _seen(content: Mapping[str, Any]) -> str:
+def _seen(content: Mapping[str, Any]) -> list[str]:
     """Conflicts, opposed and alignment of the trainings with sum and with gmd."""
     lines = []
     for method in ("sum", "gmd"):
-        runs = [run["gradients"]["per_epoch"] for run in content["runs"] if run["method"] == method]
+        runs = [
+            run["gradients"]["per_epoch"]
+            for run in content["runs"]
+            if run["method"] == method and "gradients" in run
+        ]
         if not runs:
             continue
-        epochs = len(runs[0]["conflicts"])
-        parts = []
-        for key, name in (("conflicts", "pairs in conflict"), ("opposed", "losses opposed")):
-            first, last = (
-                statistics.fmean(value for run in runs if (value := run[key][epoch]) is not None)
-                for epoch in (0, epochs - 1)
-            )
-            parts.append(f"{name} {first:.1%} in the first epoch, {last:.1%} in the last")
-        aligned = [v for run in runs for v in run["alignment"] if v is not None]
-        parts.append(f"alignment with the plain sum {statistics.fmean(aligned):.3f}")
-        lines.append(f"In training with *{method}*: {'; '.join(parts)}.")
-    return " ".join(lines)
+        conflicts, opposed, aligned = (  # by epoch; None, an epoch without a number, is left out
+            pd.DataFrame([run[key] for run in runs], dtype=float).mean().tolist()
+            for key in ("conflicts", "opposed", "alignment")
+        )
+        lines.append(
+            f"In training with *{method}*: pairs in conflict {conflicts[0]:.1%} in the first "
+            f"epoch, {conflicts[-1]:.1%} in the last; losses opposed {opposed[0]:.1%} in the first "
+            f"epoch, {opposed[-1]:.1%} in the last; alignment with the plain sum "
+            f"{pd.Series(aligned).mean():.3f}."
+        )
+    return [" ".join(lines)]
 
 
-def _also(measures: Sequence[Measure]) -> list[str]:
+def _also(measures: Mapping[str, pd.Series], digits: int) -> list[str]:
     """What else the plan asks: scopes, and both at once; corrected for all of ``measures``."""
     lines = []
     for method, other in (("gmd-all", "gmd"), ("balance+gmd-all", "balance")):
-        differences = {}
-        for measure in measures:
-            ours, theirs = measure.values.get(method), measure.values.get(other)
-            if ours is not None and theirs is not None:
-                where = measure.setting or measure.name
-                differences[where] = [ours[seed] - theirs[seed] for seed in ours]
-        said = [
-            f"{where} {_difference(found, measures[0].digits, bold=True)}"
-            for where, found in compare_all(differences).items()
-        ]
+        found = {name: differences(values, other) for name, values in measures.items()}
+        compared = compare_all({name: d[method] for name, d in found.items() if method in d})
+        said = [f"{name} {_difference(one, digits)}" for name, one in compared.items()]
         lines += [f"*{method}* minus *{other}*: {'; '.join(said)}."] if said else []
     return lines
 
@@ -148,27 +119,23 @@ def _also(measures: Sequence[Measure]) -> list[str]:
 # --- writing -------------------------------------------------------------------------------------
 
 
-def section(content: Mapping[str, Any]) -> str:
+def section(content: Mapping[str, Any], scores: pd.DataFrame) -> str:
     """Provenance, table and remarks of one result folder."""
-    found = READERS[content["benchmark"]](content)
+    found = READERS[content["benchmark"]](content, scores)
     compared = compare_all(
         {
-            (place, method): [values[seed] - measure.values["sum"][seed] for seed in values]
-            for place, measure in enumerate(found.measures)
-            for method, values in measure.values.items()
-            if method not in ("full", "sum")
+            (name, method): of_seeds
+            for name, values in found.measures.items()
+            for method, of_seeds in differences(values).items()
         }
     )
     methods = list(dict.fromkeys(method for _, method in compared))
-    seeds = sorted({seed for m in found.measures for v in m.values.values() for seed in v})
     rows = [["", "sum", *methods]]
-    for place, measure in enumerate(found.measures):
-        name = measure.setting or measure.name
-        row = [name, format_spread(list(measure.values["sum"].values()), measure.digits)]
-        for method in methods:
-            one = compared.get((place, method))
-            row.append("" if one is None else _difference(one, measure.digits, bold=True))
-        rows.append(row)
+    for name, values in found.measures.items():
+        of_sum = format_spread(values["sum"].tolist(), found.digits)
+        others = (compared.get((name, method)) for method in methods)
+        cells = ("" if one is None else _difference(one, found.digits) for one in others)
+        rows.append([name, of_sum, *cells])
     versions = ", ".join(f"{name} {value}" for name, value in content["environment"].items())
     lines = [
         found.title,
@@ -176,45 +143,44 @@ def section(content: Mapping[str, Any]) -> str:
         "",
         f"``{content['command']}``",
         "",
-        f"Seeds {seeds[0]} to {seeds[-1]}; {versions}. "
+        f"Seeds {scores['seed'].min()} to {scores['seed'].max()}; {versions}. "
         "*sum*: mean ± sample standard deviation; others: difference to it, [95 % interval]; "
         f"**bold**: shown, p below 0.05 after Holm's correction for {len(compared)} comparisons.",
         "",
         _csv_table(rows),
         *(remark + "\n" for remark in found.remarks),
-        *_relation(found, compared),
+        *(_relation(found.opposed, compared) if found.opposed else ()),
     ]
     return "\n".join(lines)
 
 
-def _difference(found: Comparison, digits: int, bold: bool = False) -> str:
+def _difference(found: Comparison, digits: int) -> str:
+    """In bold where it is shown."""
     if found.interval is None:
         return f"{found.mean:+.{digits}f}"
     low, high = found.interval
     text = f"{found.mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
-    return f"**{text}**" if bold and found.shown else text
+    return f"**{text}**" if found.shown else text
 
 
-def _relation(found: Findings, compared: Mapping[tuple[int, str], Comparison]) -> list[str]:
+def _relation(
+    opposed: Mapping[str, float], compared: Mapping[tuple[str, str], Comparison]
+) -> list[str]:
     """What the opposed rate of a setting says of what a method gains there."""
-    if not found.opposed:
-        return []
+    table = pd.DataFrame(
+        [(m, opposed[name], one.mean, one.shown and one.mean > 0)
+         for (name, m), one in compared.items()],
+        columns=["method", "rate", "gain", "shown"],
+    )  # fmt: skip
+    table["bin"] = pd.cut(table["rate"], [0.0, *BINS, math.inf], right=False)
     ranked, counted = [], []
-    for method in dict.fromkeys(method for _, method in compared):
-        pairs = [
-            (found.opposed[measure.setting], compared[place, method])
-            for place, measure in enumerate(found.measures)
-            if (place, method) in compared
-        ]
-        if len(pairs) > 3:
-            rho = float(spearmanr([rate for rate, _ in pairs], [one.mean for _, one in pairs])[0])
-            ranked += [] if math.isnan(rho) else [f"*{method}* {rho:+.2f}"]
-        counts = []
-        for low, high in itertools.pairwise((0.0, *BINS, math.inf)):
-            inside = [one for rate, one in pairs if low <= rate < high]
-            counts.append(f"{sum(one.shown and one.mean > 0 for one in inside)} of {len(inside)}")
+    for method, own in table.groupby("method", sort=False):
+        rho = own["rate"].corr(own["gain"], method="spearman", min_periods=4)
+        ranked += [] if math.isnan(rho) else [f"*{method}* {rho:+.2f}"]
+        shown = own.groupby("bin", observed=False)["shown"]
+        counts = (f"{won.sum()} of {len(won)}" for _, won in shown)
         counted.append(f"*{method}* {', '.join(counts)}")
-    rates = "; ".join(f"{setting} {rate:.1%}" for setting, rate in found.opposed.items())
+    rates = "; ".join(f"{setting} {rate:.1%}" for setting, rate in opposed.items())
     bins = f"below {BINS[0]:.0%}, from there to {BINS[1]:.0%}, and from there on"
     return [
         f"Share of losses that are opposed in training with *sum*: {rates}.\n",
@@ -224,10 +190,8 @@ def _relation(found: Findings, compared: Mapping[tuple[int, str], Comparison]) -
 
 
 def _csv_table(rows: Sequence[Sequence[str]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, quoting=csv.QUOTE_ALL, lineterminator="\n").writerows(rows)
-    body = "".join(f"   {line}\n" for line in text.getvalue().splitlines())
-    return f".. csv-table::\n   :header-rows: 1\n\n{body}"
+    text: str = pd.DataFrame(rows).to_csv(index=False, header=False, quoting=csv.QUOTE_ALL)
+    return ".. csv-table::\n   :header-rows: 1\n\n" + textwrap.indent(text, "   ")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -246,11 +210,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for folder in options.folders:
         try:
             content = json.loads((folder / RESULTS).read_text("utf-8"))
+            if content.get("benchmark") not in READERS:
+                parser.error(f"{folder}: a result of none of {', '.join(READERS)}")
+            rows = content.get("rows")  # of regimes
+            scores = pd.read_csv(folder / SCORES) if rows is None else pd.DataFrame(rows)
         except OSError as error:
-            parser.error(f"{folder}: {error.strerror}: no finished run ({RESULTS})")
-        if content.get("benchmark") not in READERS:
-            parser.error(f"{folder}: a result of none of {', '.join(READERS)}")
-        sections.append(section(content))
+            parser.error(f"{error.filename}: {error.strerror}: no finished run")
+        sections.append(section(content, scores))
     text = options.into.read_text("utf-8")
     before, start, rest = text.partition(MARKS[0])
     _, end, after = rest.partition(MARKS[1])

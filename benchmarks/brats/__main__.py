@@ -149,13 +149,12 @@ def _run(session: Session, config: Config, prepared: Prepared, predict: Path | N
             unit="crop",
             line=_line_of,
         )
-        report = Report.of(
+        report = Report(
             prepared.data,
             splits=splits,
             config=session.config,
             command=session.kept["command"],
             environment=session.kept["environment"],
-            selection=_selection(config, splits),
             done=session.done,
         )
         return ranks.first(lambda: write_report(report, session.folder))
@@ -165,15 +164,6 @@ def _run(session: Session, config: Config, prepared: Prepared, predict: Path | N
     folder, out = session.folder, predict
     return session.carry_out(
         work, lambda: _predict(folder, config, prepared, out), ["--predict", str(predict)]
-    )
-
-
-def _selection(config: Config, splits: Mapping[str, Sequence[str]]) -> str:
-    if not splits["valid"]:
-        return "Tested: the last epoch; this split has no validation cases."
-    return (
-        "Tested: the epoch with the highest Dice on the validation split, mean over cases, the "
-        f"combinations each has and regions, of every {config.validate_every}th epoch and the last."
     )
 
 

@@ -1,4 +1,4 @@
-"""Result folders: atomic writes, provenance, means over seeds, Markdown tables."""
+"""Result folders: names that are free, atomic writes, versions; Markdown tables and their cells."""
 
 import hashlib
 import json
@@ -20,21 +20,21 @@ from benchmarks.runs import ranks
 
 __all__ = [
     "RESULTS",
+    "SCORES",
     "TABLE",
     "atomic_path",
     "environment",
     "file_sha256",
     "format_spread",
     "markdown_table",
-    "mean_and_std",
     "new_folder",
     "remove_stale",
     "write_json",
     "write_text",
 ]
 
-
 RESULTS = "results.json"
+SCORES = "scores.csv"
 TABLE = "table.md"
 
 
@@ -76,13 +76,12 @@ def new_folder(wanted: Path, markers: Sequence[str]) -> Path:
 
     A folder is taken when it holds one of the files ``markers``.
     """
-    attempt = 1
-    while True:
-        folder = wanted if attempt == 1 else wanted.with_name(f"{wanted.name}-{attempt}")
-        folder.mkdir(parents=True, exist_ok=True)
-        if not any((folder / marker).exists() for marker in markers):
-            return folder
+    folder, attempt = wanted, 1
+    while any((folder / marker).exists() for marker in markers):
         attempt += 1
+        folder = wanted.with_name(f"{wanted.name}-{attempt}")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def file_sha256(path: Path) -> str:
@@ -99,27 +98,20 @@ def environment(packages: Sequence[str]) -> dict[str, str]:
 
     One process does not say that it is one.
     """
-    versions = {name: metadata.version(name) for name in packages}
     return {
         "python": platform.python_version(),
         "gradsplit": gradsplit.__version__,
         "torch": str(torch.__version__),  # a plain string: checkpoints hold nothing else
-        **versions,
+        **{name: metadata.version(name) for name in packages},
         "platform": f"{sys.platform} {platform.machine()}",
         **({"ranks": str(ranks.count())} if ranks.count() > 1 else {}),
     }
 
 
-def mean_and_std(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation, which one value does not have (None)."""
-    spread = statistics.stdev(values) if len(values) > 1 else None
-    return statistics.fmean(values), spread
-
-
 def format_spread(values: Sequence[float], digits: int = 3) -> str:
     """``mean ± sample std`` over seeds; the mean alone for one value."""
-    mean, spread = mean_and_std(values)
-    return f"{mean:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{spread}"
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -127,12 +119,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     for row in rows:
         if len(row) != len(header):
             raise ValueError(f"a row has {len(row)} cells, the header {len(header)}: {row}")
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    lines = [_line(header, widths), "|" + "|".join("-" * (width + 2) for width in widths) + "|"]
-    lines += [_line(row, widths) for row in rows]
-    return "\n".join(lines) + "\n"
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
-    return "| " + " | ".join(padded) + " |"
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = ["| " + " | ".join(map(str.ljust, cells, widths)) + " |\n" for cells in (header, *rows)]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|\n")
+    return "".join(lines)

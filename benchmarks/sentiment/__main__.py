@@ -73,7 +73,7 @@ def _main(arguments: list[str]) -> int:
             unit="utterance",
             line=_line_of,
         )
-        report = Report.of(
+        report = Report(
             data,
             config=session.config,
             command=session.kept["command"],

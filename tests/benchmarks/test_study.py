@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
 from benchmarks.sentiment import __main__ as sentiment
 from benchmarks.study import STUDY, main
@@ -14,23 +16,21 @@ FRAME = "Plan\n----\n\n.. results\n\nbefore this run\n\n.. end of results\n\nWha
 
 def phantoms(dice: dict[str, list[float]]) -> dict[str, Any]:
     """A BraTS result: of each method, the Dice of two regions by seed (their mean is given)."""
-    per_epoch = {"conflicts": [0.5, 0.25], "opposed": [0.125, 0.0], "alignment": [0.5, 1.0]}
-    runs = [
-        {
-            "method": method,
-            "seed": seed,
-            "test": {"one": {"t1": {"WT": {"dice": value - 0.1}, "ET": {"dice": value + 0.1}}}},
-            "gradients": {"per_epoch": per_epoch},
-        }
+    per_epoch = {"conflicts": [0.5, 0.25], "opposed": [0.125, 0.0], "alignment": [0.5, None]}
+    rows = [
+        {"method": method, "seed": seed, "case": "one", "combination": "t1", "region": region,
+         "metric": "dice", "value": value + more}
         for method, values in dice.items()
         for seed, value in enumerate(values)
-    ]
+        for region, more in (("WT", -0.1), ("ET", 0.1))
+    ]  # fmt: skip
     return {
         "benchmark": "brats",
         "command": "python -m benchmarks.brats",
         "environment": {"torch": "2"},
         "data": {"phantom": True},
-        "runs": runs,
+        "runs": [{"method": method, "gradients": {"per_epoch": per_epoch}} for method in dice],
+        "scores": rows,
     }
 
 
@@ -55,6 +55,11 @@ def written(tmp_path: Path, *contents: dict[str, Any]) -> str:
         folders.append(tmp_path / str(number))
         folders[-1].mkdir()
         (folders[-1] / "results.json").write_text(json.dumps(content))
+        pd.DataFrame(content.get("scores", [])).to_csv(folders[-1] / "scores.csv", index=False)
+    return said(tmp_path, *folders)
+
+
+def said(tmp_path: Path, *folders: Path) -> str:
     into = tmp_path / "STUDY.rst"
     into.write_text(FRAME)
     assert main([*map(str, folders), "--into", str(into)]) == 0
@@ -90,15 +95,19 @@ def test_folders_come_in_their_order_and_are_corrected_apart(tmp_path: Path) -> 
     assert "to 10%, and from there on: *balance* 0 of 1, 0 of 0, 3 of 3." in text
 
 
-def test_a_real_run_of_the_sentiment_benchmark(tmp_path: Path) -> None:
+def test_a_real_run_of_the_sentiment_benchmark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Figure, "savefig", lambda _, path: Path(path).touch())  # takes long
     out = tmp_path / "run"
-    small = ["--width", "8", "--depth", "1", "--heads", "2", "--epochs", "1", "--seeds", "2"]
+    small = ["--width", "8", "--depth", "1", "--heads", "2", "--epochs", "1", "--seeds", "2",
+             "--batch-size", "320"]  # fmt: skip
     methods = ["--methods", "full,sum,gmd,gmd-all", "--first-seed", "7"]
     missing = ["--missing", "text=0.5"]
     assert sentiment.main([*small, *methods, *missing, "--out", str(out)]) == 0
     runs = json.loads((out / "results.json").read_text())["runs"]
     mae = {(run["method"], run["seed"]): run["summary"]["mae"] for run in runs}
-    text = written(tmp_path, json.loads((out / "results.json").read_text()))
+    text = said(tmp_path, out)
     expected = sum(mae["gmd", seed] - mae["sum", seed] for seed in (7, 8)) / 2
     row = next(line for line in text.splitlines() if '"MAE, mean of 7"' in line)
     assert f'"{expected:+.4f} [' in row and "full" not in row
@@ -108,15 +117,19 @@ def test_a_real_run_of_the_sentiment_benchmark(tmp_path: Path) -> None:
 
 
 def test_what_is_no_result_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for content, said in ((None, "no finished run"), ({"benchmark": "speed"}, "of none of")):
+    for content, message in (
+        (None, "results.json: No such file"),
+        ({"benchmark": "speed"}, "of none of"),
+        ({"benchmark": "brats"}, "scores.csv: No such file"),
+    ):
         if content is not None:
             (tmp_path / "results.json").write_text(json.dumps(content))
         with pytest.raises(SystemExit):
             main([str(tmp_path), "--into", str(STUDY)])
-        assert said in capsys.readouterr().err
-    (tmp_path / "results.json").write_text(json.dumps(phantoms({"sum": [0.5], "gmd": [0.5]})))
+        assert message in capsys.readouterr().err
+    written(tmp_path, phantoms({"sum": [0.5], "gmd": [0.5]}))
     (tmp_path / "other.rst").write_text("no marks")
     with pytest.raises(SystemExit):
-        main([str(tmp_path), "--into", str(tmp_path / "other.rst")])
+        main([str(tmp_path / "0"), "--into", str(tmp_path / "other.rst")])
     assert "lacks the lines .. results and .. end of results" in capsys.readouterr().err
     assert (tmp_path / "other.rst").read_text() == "no marks"
