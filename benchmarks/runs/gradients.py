@@ -151,15 +151,18 @@ def diagnose_all(
             ``projected`` where the method does not project as gmd does.
     """
     by_method: dict[str, list[dict[str, Array]]] = {}
+    several = set()
     for one in done:
+        method, seen = one["result"]["method"], diagnose(one["records"], names)
+        if METHODS[method].rule != "gmd":
+            del seen["projected"]
+        by_method.setdefault(method, []).append(seen)
         if bool(((one["records"]["trained"] >= 0).sum(1) > 1).any()):
-            method, seen = one["result"]["method"], diagnose(one["records"], names)
-            if METHODS[method].rule != "gmd":
-                del seen["projected"]
-            by_method.setdefault(method, []).append(seen)
+            several.add(method)
     return {
         method: {key: _stack([run[key] for run in runs]) for key in runs[0]}
         for method, runs in by_method.items()
+        if method in several
     }
 
 
