@@ -124,7 +124,7 @@ def _main(arguments: list[str]) -> int:
         sampler_of("sum", config.combinations, MODALITIES, 0)
     with command.blaming("--width"):
         model_config(config, ["any"])
-    if actions.check:
+    if actions.check and actions.resume is None:
         torch.set_num_threads(config.threads)
         try:
             print(estimate(config, _prepare(config)))

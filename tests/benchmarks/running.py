@@ -22,6 +22,7 @@ SMALL = ["--width", "8", "--depth", "1", "--heads", "2", "--batch-size", "8"]  #
 TINY = ["--crop", "16", "--width", "8", "--validate-every", "1", "--threads", "1"]  # of BraTS
 
 Main = Callable[[list[str]], int]
+Capsys = pytest.CaptureFixture[str]
 
 
 class Silent:
@@ -36,7 +37,7 @@ def run(main: Main, *arguments: Any) -> None:
     assert main(list(map(str, arguments))) == 0
 
 
-def refused(main: Main, capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
+def refused(main: Main, capsys: Capsys, *arguments: Any) -> str:
     """The message of a usage error, in one line, without the box around it."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as caught:

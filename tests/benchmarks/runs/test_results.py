@@ -1,4 +1,4 @@
-"""Result folders: atomic files, names that are free, tables."""
+"""Result folders: atomic files, tables."""
 
 import json
 import os
@@ -19,15 +19,6 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
         raise KeyboardInterrupt
     assert json.loads(path.read_text()) == {"a": 1}
     assert os.listdir(tmp_path) == ["results.json"]
-
-
-def test_folders_are_not_shared(tmp_path: Path) -> None:
-    names = []
-    for _ in range(3):
-        folder = results.new_folder(tmp_path / "run", ["results.json"])
-        (folder / "results.json").touch()
-        names.append(folder.name)
-    assert names == ["run", "run-2", "run-3"]
 
 
 def test_tables_are_aligned_and_spread_is_the_sample_standard_deviation() -> None:

@@ -32,6 +32,7 @@ from benchmarks.sentiment import __main__ as sentiment
 from tests.benchmarks.running import (
     ROOT,
     SMALL,
+    Capsys,
     assert_same_run,
     cut_off,
     end,
@@ -90,7 +91,7 @@ FAST = {0, 1, 4, 6, 7, 9}
 def test_a_run_cut_off_anywhere_continues_exactly(
     request: pytest.FixtureRequest,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    capsys: Capsys,
     name: str,
     owner: Any,
     attribute: str,
@@ -122,19 +123,11 @@ def test_a_run_cut_off_anywhere_continues_exactly(
     run(MAINS[name], "--resume", out)
     assert_same_run(out, whole)
 
-
-@pytest.mark.parametrize("name", MAINS)
-def test_a_finished_run_shows_its_table(
-    request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str], name: str
-) -> None:
-    out = request.getfixturevalue(f"{name}_run")
     capsys.readouterr()
     run(MAINS[name], "--resume", out)
-    said = capsys.readouterr().out
-    assert f"{out} is already finished" in said
-    assert (out / "table.md").read_text() in said
-    message = refused(MAINS[name], capsys, "--resume", out, "--seeds", "2")
-    assert "leave out --seeds" in message
+    table = (out / "table.md").read_text()
+    assert f"{out} is already finished:\n\n{table}" in capsys.readouterr().out
+    assert "leave out --seeds" in refused(MAINS[name], capsys, "--resume", out, "--seeds", "2")
 
 
 @pytest.mark.parametrize(
@@ -144,7 +137,7 @@ def test_a_finished_run_shows_its_table(
 def test_ctrl_c_while_the_data_are_read(
     request: pytest.FixtureRequest,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    capsys: Capsys,
     name: str,
     owner: Any,
     attribute: str,
@@ -208,7 +201,7 @@ def changed(**entries: Any) -> Callable[[Path], None]:
          "version", "device"],
 )  # fmt: skip
 def test_a_checkpoint_that_cannot_be_used(
-    cut: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], Any], message: str
+    cut: Path, capsys: Capsys, spoil: Callable[[Path], Any], message: str
 ) -> None:
     spoil(cut / "checkpoint.pt")
     left = sorted(os.listdir(cut))
@@ -227,9 +220,7 @@ def test_a_bad_checkpoint_relays_no_advice_of_torch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["brats", "regimes"])
-def test_another_benchmarks_run_is_not_continued(
-    cut: Path, capsys: pytest.CaptureFixture[str], name: str
-) -> None:
+def test_another_benchmarks_run_is_not_continued(cut: Path, capsys: Capsys, name: str) -> None:
     said = refused(MAINS[name], capsys, "--resume", cut)
     assert f"{cut} holds a run of python -m benchmarks.sentiment" in said
 
@@ -249,7 +240,7 @@ def test_another_benchmarks_run_is_not_continued(
 def test_what_a_run_began_with_cannot_be_changed(
     cut: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capsys: Capsys,
     name: str,
     options: list[str],
     named: str,
@@ -260,7 +251,7 @@ def test_what_a_run_began_with_cannot_be_changed(
 
 
 def test_changed_data_are_refused(
-    cut: Path, tmp_path: Path, utterances: Path, capsys: pytest.CaptureFixture[str]
+    cut: Path, tmp_path: Path, utterances: Path, capsys: Capsys
 ) -> None:
     layout = pickle.loads(utterances.read_bytes())
     layout["train"]["text"][0, 0, 0] += 1
@@ -274,7 +265,7 @@ def test_changed_data_are_refused(
 
 
 def test_changed_cases_are_refused(
-    brats_run: Path, phantoms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    brats_run: Path, phantoms: Path, tmp_path: Path, capsys: Capsys
 ) -> None:
     """Nor does a finished run segment them: with folds, what was trained on may be tested."""
     cases = Path(shutil.copytree(phantoms, tmp_path / "cases"))
@@ -297,9 +288,7 @@ def test_changed_cases_are_refused(
     assert "--resume: 'abacus' cannot be used here" in refused(brats.main, capsys, *predict)
 
 
-def test_other_versions_are_warned_of(
-    cut: Path, no_pictures: None, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_other_versions_are_warned_of(cut: Path, no_pictures: None, capsys: Capsys) -> None:
     content = load_checkpoint(cut / "checkpoint.pt")
     content["environment"]["torch"] = "0.4"
     save_checkpoint(cut / "checkpoint.pt", content)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from benchmarks.brats.training import Training as BratsTraining
 from benchmarks.brats.volumes import Prepared
-from benchmarks.runs.methods import METHODS
 from benchmarks.runs.training import Training
 from benchmarks.sentiment.data import SentimentData
 from benchmarks.sentiment.training import Training as SentimentTraining
@@ -28,7 +27,10 @@ def begin(request: pytest.FixtureRequest, sentiment_data: SentimentData) -> Begi
             sentiment(**options), sentiment_data, method, seed
         )
     prepared: Prepared = request.getfixturevalue("prepared")
-    return lambda method, seed, **options: BratsTraining(brats(**options), prepared, method, seed)
+    some = {"epochs": 3, "validate_every": 9}  # of three, two are trained, and never validated
+    return lambda method, seed, **options: BratsTraining(
+        brats(**some, **options), prepared, method, seed
+    )
 
 
 def seen(training: Training[Any]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -57,12 +59,12 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
 
 
 def test_methods_start_alike_and_see_the_same_batches(begin: Begin) -> None:
-    weights, first, second = seen(begin("full", 1, epochs=2))
+    weights, first, second = seen(begin("full", 1))
     assert not same(first, second), "each epoch has its own"
-    for method in METHODS:
-        other = seen(begin(method, 1, epochs=2))
+    for method in ("sum", "gmd-all", "pcgrad", "balance+gmd-all"):
+        other = seen(begin(method, 1))
         assert all(map(same, (weights, first, second), other)), method
-    other = seen(begin("full", 2, epochs=2))
+    other = seen(begin("full", 2))
     assert not any(map(same, (weights, first, second), other)), "each seed has its own"
 
 

@@ -13,12 +13,21 @@ from benchmarks.runs import results
 from benchmarks.runs.methods import METHODS
 from benchmarks.sentiment.__main__ import main
 from benchmarks.sentiment.report import NAMES
-from tests.benchmarks.running import OF_GRADIENTS, ROOT, SMALL, WRITTEN, outcome, refused, run
+from tests.benchmarks.running import (
+    OF_GRADIENTS,
+    ROOT,
+    SMALL,
+    WRITTEN,
+    Capsys,
+    outcome,
+    refused,
+    run,
+)
 
 REAL = ROOT.parent / "shared/data/mosi_heldout/unaligned_50.pkl"
 
 
-def test_bad_data_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_data_is_named(tmp_path: Path, capsys: Capsys) -> None:
     (tmp_path / "broken.pkl").write_bytes(b"no pickle")
     said = refused(main, capsys, "--data", tmp_path / "broken.pkl", "--out", tmp_path / "out")
     assert f"argument --data: {tmp_path}/broken.pkl: not a readable pickle" in said
@@ -43,7 +52,7 @@ def test_a_run_writes_all_files(sentiment_run: Path, utterances: Path) -> None:
 
 
 def test_the_table_opens_with_the_verdict_and_says_what_its_words_mean(
-    tmp_path: Path, no_pictures: None, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, no_pictures: None, capsys: Capsys
 ) -> None:
     """Of synthetic data; without a progress bar, what is going on is said in lines."""
     out = tmp_path / "out"
@@ -104,7 +113,7 @@ def test_what_an_utterance_lacks_counts_nowhere(
 
 
 def test_what_is_odd_in_the_data_is_said(
-    tmp_path: Path, utterances: Path, no_pictures: None, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, utterances: Path, no_pictures: None, capsys: Capsys
 ) -> None:
     layout = pickle.loads(utterances.read_bytes())
     layout["train"]["regression_labels"][:2] = 1e30, -4
@@ -141,7 +150,7 @@ def test_what_is_odd_in_the_data_is_said(
 
 @pytest.mark.parametrize(("size", "what"), [("8", "the loss"), ("24", "a score")])
 def test_divergence_is_an_error_that_says_what_to_do(
-    tmp_path: Path, utterances: Path, capsys: pytest.CaptureFixture[str], size: str, what: str
+    tmp_path: Path, utterances: Path, capsys: Capsys, size: str, what: str
 ) -> None:
     arguments = ["--data", str(utterances), "--methods", "sum", "--lr", "1e30", *SMALL]
     assert main([*arguments, "--batch-size", size, "--out", str(tmp_path / "out")]) == 1

@@ -6,19 +6,9 @@ import torch
 from numpy.testing import assert_allclose
 
 from benchmarks.runs.methods import plain_sum
-from benchmarks.sentiment.data import (
-    MODALITIES,
-    SentimentData,
-    Split,
-    draw_available,
-)
+from benchmarks.sentiment.data import MODALITIES, SentimentData, Split, draw_available
 from benchmarks.sentiment.report import COMBINATIONS, NAMES
-from benchmarks.sentiment.training import (
-    Training,
-    evaluate,
-    mean_error,
-    predict,
-)
+from benchmarks.sentiment.training import Training, evaluate, mean_error, predict
 from tests.benchmarks.running import Silent
 from tests.benchmarks.sentiment.tiny import small
 
