@@ -115,7 +115,7 @@ def _main(arguments: list[str]) -> int:
         command.refuse("--check", "measures one process; start it without torchrun")
     if actions.predict is not None:
         _make(actions.predict)  # not after hours of training
-    given += ["--check"] * (actions.check and actions.resume is not None)
+    given = [option for option in given if option != "--predict"]
     if actions.predict is None and finished(actions, given):
         return 0
     if actions.resume is not None and not given and (actions.resume / results.RESULTS).exists():
@@ -124,7 +124,7 @@ def _main(arguments: list[str]) -> int:
         sampler_of("sum", config.combinations, MODALITIES, 0)
     with command.blaming("--width"):
         model_config(config, ["any"])
-    if actions.check:
+    if actions.check and actions.resume is None:
         torch.set_num_threads(config.threads)
         try:
             print(estimate(config, _prepare(config)))
@@ -194,7 +194,7 @@ def _apply(model: Path, out: Path | None, config: Config, given: Sequence[str]) 
     """Segment all cases of a folder, which need no segmentation of their own, with one model."""
     if out is None or config.data is None:
         command.refuse("--model", "say also --predict OUT and --data FOLDER")
-    own = {f"--{name.replace('_', '-')}" for name in HERE}
+    own = {"--model", "--predict", *(f"--{name.replace('_', '-')}" for name in HERE)}
     if others := [name for name in given if name not in own]:
         command.refuse("--model", f"the rest is as in training; leave out {', '.join(others)}")
     with command.blaming("--model"):

@@ -1,6 +1,5 @@
 """Checkpoints of a benchmark: one file, written atomically, read without running code from it."""
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError):
-        # torch's own words advise weights_only=False, which would run code from the file.
+    except OSError:
+        raise
+    except Exception:  # whatever the bytes make of torch's unpickler
+        # Its own words advise weights_only=False, which would run code from the file.
         raise ValueError(
             f"{path}: not a checkpoint of a benchmark, or cut off; put the right file back, "
             "or start again"

@@ -117,7 +117,8 @@ def list_of(known: Sequence[str], kind: str) -> Any:
 
 
 def _combinations(text: str) -> str:
-    if text not in ("all", "singles") and not text.removeprefix("k=").isdecimal():
+    drawn = text.startswith("k=") and text[2:].isdecimal()
+    if text not in ("all", "singles") and not drawn:
         raise ValueError(f"{text!r} (choose from all, singles, k=N)")
     return text
 
@@ -223,8 +224,8 @@ def parse(
         where: a dataclass of options that decide no numbers.
 
     Returns:
-        The configuration, an instance of ``where``, and the options of the configuration that were
-        given, as they are written.
+        The configuration, an instance of ``where``, and the options that were given beside
+        --resume, as they are written.
     """
     names = tuple(presets)
     preset: Any = Annotated[Literal[names], tyro.conf.arg(help="sets the other defaults")]
@@ -244,8 +245,8 @@ def parse(
     *parts, chosen = (getattr(options, name) for name, _, _ in fields)
     merged = {name: value for part in parts for name, value in vars(part).items()}
     config = dataclasses.replace(default, **merged)
-    plain = vars(presets[names[0]])
-    given = [f"--{k.replace('_', '-')}" for k, value in vars(config).items() if value != plain[k]]
+    words = (word.partition("=")[0].replace("_", "-") for word in arguments)
+    given = [word for word in words if word.startswith("--") and word != "--resume"]
     return config, chosen, given
 
 

@@ -1,6 +1,5 @@
-"""The regimes benchmark: a batched step against the plain loop, tuning, resuming, sentences."""
+"""The regimes benchmark: a batched step against the plain loop, tuning, sentences."""
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -34,6 +33,7 @@ from benchmarks.regimes.training import (
 )
 from gradsplit import Decoupling, LossBalance, ModalityDecoupledOptimizer
 from gradsplit.rules import gmd
+from tests.benchmarks import running
 
 STEPS = 24  # four after the balance is frozen
 UNITS = Setting("units", "Adam", STEPS, unit=1.0)
@@ -332,46 +332,17 @@ def test_gmd_stops_where_it_enters() -> None:
 # --- the command ---------------------------------------------------------------------------------
 
 
-def outcome(folder: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((folder / "results.json").read_text())
-    del content["command"]  # names the folder
-    return content
-
-
+@pytest.mark.slow  # a short run: runs/test_session.py
 def test_a_quick_run_from_end_to_end(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    assert regimes.main(["--quick", "--seed0", "5", "--threads", "1", "--out", str(folder)]) == 0
-    names = {path.name for path in folder.iterdir()}
-    assert names == {"results.json", "table.md", "gain.png", "opposed.png", "valley.png"}
-    rows = outcome(folder)["rows"]
+    out = tmp_path / "run"
+    running.run(
+        regimes.main, "--preset", "quick", "--first-seed", "5", "--threads", "1", "--out", out
+    )
+    names = {path.name for path in out.iterdir()}
+    assert names == {*running.WRITTEN, "gain.png", "opposed.png", "valley.png"}
+    rows = running.outcome(out)["rows"]
     assert {row["seed"] for row in rows} == {5, 6}
     plan = [s for part in regimes.PARTS for s in settings(part, quick=True)]
     expected = {(s.part, s.name, method) for s in plan for method in methods_of(s)}
     assert {(row["part"], row["setting"], row["method"]) for row in rows} == expected
     assert all("opposed_first" in row for row in rows if row["method"] == "sum")
-
-
-def test_an_interrupted_run_is_resumed_with_the_same_results(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("draw_opposed", "draw_valley"):  # another test has them, and they take long
-        monkeypatch.setattr(regimes, name, lambda *_: None)
-    arguments = ["--quick", "--parts", "contradiction", "--threads", "1", "--out"]
-    assert regimes.main([*arguments, str(tmp_path / "whole")]) == 0
-    study, calls = regimes.study, []
-
-    def interrupted(setting: Setting, *seeds: Any) -> Any:
-        calls.append(setting.name)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return study(setting, *seeds)
-
-    monkeypatch.setattr(regimes, "study", interrupted)
-    folder = tmp_path / "cut"
-    assert regimes.main([*arguments, str(folder)]) == 130
-    assert not (folder / "results.json").exists()
-    assert regimes.main(["--resume", str(folder)]) == 0
-    assert calls == [*calls[:3], calls[2], calls[4]] and len(set(calls)) == 4
-    assert outcome(folder) == outcome(tmp_path / "whole")
-    assert regimes.main(["--resume", str(folder)]) == 0  # finished: says so
-    assert len(calls) == 5
