@@ -1,0 +1,42 @@
+"""``torch.compile`` of one forward that all losses share.
+
+Compiling joins their graphs: every loss seems to reach every parameter, with zeros. ``scope`` says what
+is really shared; leave out what a whole batch lacks, or the base moves it by momentum and decay. So the
+result is exact. Several backwards go through one compiled graph, so its buffers must not be donated:
+say so before compiling, and delete caches that were written without it.
+"""
+
+import torch
+from torch.nn.functional import mse_loss
+from torch.optim import AdamW
+from torch.utils.data import DataLoader
+from your_model import Model, samples
+
+from gradsplit import ModalityDecoupledOptimizer
+
+torch._functorch.config.donated_buffer = False
+
+
+def train(model, samples):
+    @torch.compile
+    def scores(**inputs):
+        features = {name: model.encoders[name](values) for name, values in inputs.items()}
+        if len(features) == 2:
+            features["text+audio"] = (features["text"] + features["audio"]) / 2
+        return {name: model.head(one).squeeze(-1) for name, one in features.items()}
+
+    base = AdamW(model.parameters(), lr=1e-2)
+    opt = ModalityDecoupledOptimizer(base, scope=model.head.parameters())
+    for batch in DataLoader(samples, batch_size=8):
+        target, has_audio = batch["target"], batch["has_audio"]
+        present = ("text", "audio") if has_audio.any() else ("text",)
+        losses = dict.fromkeys(("text", "audio", "text+audio"))
+        for name, score in scores(**{name: batch[name] for name in present}).items():
+            has = ... if name == "text" else has_audio
+            losses[name] = mse_loss(score[has], target[has])
+        opt.step(losses)
+    return opt
+
+
+if __name__ == "__main__":
+    print(train(Model(), samples()).last)

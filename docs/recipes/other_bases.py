@@ -1,0 +1,42 @@
+"""Optimizers from other packages: Lion, 8-bit AdamW, schedule-free AdamW.
+
+Wrap them, and nothing else changes: about 60 more are listed in ``tests/recipes/test_optimizers.py``.
+``opt.train()`` and ``opt.eval()`` reach a base that has them, as schedule-free ones do, and are nothing
+elsewhere: call them where you call the model's.
+"""
+
+from torch.utils.data import DataLoader
+from your_model import Model, samples
+
+from gradsplit import ModalityDecoupledOptimizer
+
+
+def lion(parameters):
+    from lion_pytorch import Lion
+
+    return Lion(parameters, lr=1e-3)
+
+
+def eight_bit(parameters):
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(parameters, lr=1e-2)
+
+
+def schedule_free(parameters):
+    from schedulefree import AdamWScheduleFree
+
+    return AdamWScheduleFree(parameters, lr=1e-2)
+
+
+def train(model, samples, base=schedule_free):
+    opt = ModalityDecoupledOptimizer(base(model.parameters()))
+    opt.train()
+    for batch in DataLoader(samples, batch_size=8):
+        opt.step(model(**batch))
+    opt.eval()  # before evaluation, and before a checkpoint is saved
+    return opt
+
+
+if __name__ == "__main__":
+    print(train(Model(), samples()).last)
