@@ -1,9 +1,9 @@
 """Accelerate: ``accelerator.backward`` is given ``joint``.
 
-Accumulation, scaling and clipping work unchanged; each micro-batch is decoupled on its own. Never write
-``opt.step(losses)``: inside ``accumulate()`` Accelerate calls no step but the last of a window, so the
-losses of all others would be lost, and nobody below it could know. ``opt.optimizer`` is gradsplit's own
-below Accelerate's proxy. ``module`` is for several processes.
+Accumulation, scaling and clipping work unchanged; each micro-batch is decoupled on its own. Never
+write ``opt.step(losses)``: inside ``accumulate()`` Accelerate calls no step but the last of a
+window, so the losses of all others would be lost, and nobody below it could know. ``opt.optimizer``
+is gradsplit's own below Accelerate's proxy. ``module`` is for several processes.
 """
 
 from accelerate import Accelerator
@@ -15,8 +15,8 @@ from your_model import Model, samples
 from gradsplit import ModalityDecoupledOptimizer
 
 
-def train(model, samples, **options):
-    accelerator = Accelerator(gradient_accumulation_steps=2, **options)
+def train(model, samples):
+    accelerator = Accelerator(gradient_accumulation_steps=2)
     opt = ModalityDecoupledOptimizer(AdamW(model.parameters(), lr=1e-2))
     scheduler, loader = StepLR(opt, 2, gamma=0.5), DataLoader(samples, batch_size=8)
     model, opt, loader, scheduler = accelerator.prepare(model, opt, loader, scheduler)

@@ -1,7 +1,8 @@
 """Activation checkpointing: each loss recomputes its own forward in its backward.
 
-Give ``use_reentrant=False``. Reentrant checkpoints hide from the graph what a loss reaches: parameters
-outside the optimizer get the plain sum then, and ``conflict_parameters`` cannot stop inside.
+Give ``use_reentrant=False``. Reentrant checkpoints hide from the graph what a loss reaches:
+parameters outside the optimizer get the plain sum then, and ``conflict_parameters`` cannot stop
+inside.
 """
 
 from functools import partial

@@ -1,8 +1,8 @@
 """``torch.compile``, called once per loss.
 
-Each loss has a graph of its own: what is private stays private, and nothing else changes. gradsplit's
-own calls are never traced, and the optimizer's step can be compiled as ever. Where one compiled call
-gives several losses: ``compile_shared_forward.py``.
+Each loss has a graph of its own: what is private stays private, and nothing else changes.
+gradsplit's own calls are never traced, and the optimizer's step can be compiled as ever. Where one
+compiled call gives several losses: ``compile_shared_forward.py``.
 """
 
 import torch

@@ -1,9 +1,9 @@
 """``torch.compile`` of one forward that all losses share.
 
-Compiling joins their graphs: every loss seems to reach every parameter, with zeros. ``scope`` says what
-is really shared; leave out what a whole batch lacks, or the base moves it by momentum and decay. So the
-result is exact. Several backwards go through one compiled graph, so its buffers must not be donated:
-say so before compiling, and delete caches that were written without it.
+Compiling joins their graphs: every loss seems to reach every parameter, with zeros. ``scope`` says
+what is really shared; what a whole batch lacks is left out, or momentum and decay would move it. As
+several backwards go through one compiled graph, its buffers must not be donated: say so before
+compiling, and delete caches that were written without it.
 """
 
 import torch

@@ -1,7 +1,7 @@
-"""fastai: the loss function is ``joint`` of the optimizer that the learner has made.
+"""fastai: the loss function is ``joint``.
 
-``learn.opt`` is fastai's ``OptimWrapper``, ``learn.opt.opt`` is gradsplit's own below it. Callbacks for
-clipping, mixed precision and accumulation take it as any other; validation gets the mean loss.
+``OptimWrapper`` takes the optimizer as it is. Callbacks for clipping, mixed precision and
+accumulation work as ever; validation gets the mean loss.
 """
 
 from fastai.callback.training import GradientClip
@@ -15,10 +15,6 @@ from your_model import Model, samples
 from gradsplit import ModalityDecoupledOptimizer
 
 
-def wrapped(parameters, lr):
-    return ModalityDecoupledOptimizer(AdamW(parameters, lr))
-
-
 def inputs_and_target(samples):
     batch = default_collate(samples)
     return (*batch.values(), batch["target"])
@@ -26,15 +22,16 @@ def inputs_and_target(samples):
 
 def train(model, samples):
     loader = DataLoader(samples, batch_size=8, collate_fn=inputs_and_target)
+    opt = ModalityDecoupledOptimizer(AdamW(model.parameters()))
     learn = Learner(
         DataLoaders(loader, loader),
         model,
-        loss_func=lambda losses, _: learn.opt.opt.joint(losses),
-        opt_func=lambda groups, lr: OptimWrapper(groups, wrapped, lr=lr),
+        loss_func=lambda losses, _: opt.joint(losses),
+        opt_func=OptimWrapper(opt=opt),
         cbs=GradientClip(1.0),
     )
     learn.fit(1, lr=1e-2)
-    return learn.opt.opt
+    return opt
 
 
 if __name__ == "__main__":

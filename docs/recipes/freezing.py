@@ -1,8 +1,8 @@
 """Freezing in mid-training, and thawing.
 
-A frozen parameter has no gradient and is no part of the rows; its ``.grad`` is left alone, so set it to
-None (``zero_grad()`` and ``step(losses)`` do) or momentum and weight decay go on moving it. New
-parameters come by ``opt.add_param_group``, at any time.
+A frozen parameter has no gradient and is no part of the rows; its ``.grad`` is left alone, so set
+it to None (``zero_grad()`` and ``step(losses)`` do) or momentum and weight decay go on moving it.
+New parameters come by ``opt.add_param_group``, at any time.
 """
 
 from torch.optim import AdamW

@@ -1,10 +1,10 @@
 """float16 with ``GradScaler``, and two optimizers.
 
-``opt.joint(losses)`` is one scalar whose backward decouples, so the loss scale reaches every loss. Call
-nothing but ``scaler.step(opt)`` for the step: ``opt.step(losses)`` would not know of the scale. Norms
-in the report are those of the scaled losses. The other optimizer's parameters get the plain mean of
-their gradients, unless one base steps both (``two_bases.py``). Clip for each optimizer apart: one may
-be skipped for an inf that a common norm would carry to the other.
+``opt.joint(losses)`` is one scalar whose backward decouples, so the loss scale reaches every loss.
+Call nothing but ``scaler.step(opt)`` for the step: ``opt.step(losses)`` would not know of the
+scale. Norms in the report are those of the scaled losses. The other optimizer's parameters get the
+plain mean of their gradients, unless one base steps both (``two_bases.py``). Clip for each
+optimizer apart: one may be skipped for an inf that a common norm would carry to the other.
 """
 
 import torch
@@ -16,7 +16,7 @@ from your_model import Model, samples
 from gradsplit import ModalityDecoupledOptimizer
 
 
-def train(model, samples, device="cuda" if torch.cuda.is_available() else "cpu"):
+def train(model, samples, device="cpu"):
     opt = ModalityDecoupledOptimizer(AdamW(model.to(device).head.parameters(), lr=1e-2))
     others = SGD(model.encoders.parameters(), lr=1e-2)
     scaler = torch.amp.GradScaler(device)

@@ -1,9 +1,7 @@
 """Lightning, automatic optimization: ``training_step`` returns ``joint``.
 
-Clipping, accumulation, precision plugins and resuming work unchanged; each micro-batch is decoupled on
-its own. Returning the mean of the losses instead would decouple nothing (gradsplit warns at the second
-step). ``module=`` is for several devices; on one it changes nothing. Without gradients ``joint`` is
-the mean loss, so validation uses it too.
+Clipping, accumulation, precision plugins and resuming work unchanged; each micro-batch is decoupled
+on its own, and validation gets the mean loss. ``module=`` is for several devices.
 """
 
 import lightning.pytorch as pl
@@ -32,9 +30,8 @@ class Module(pl.LightningModule):
         self.log_dict(optimizer.last.as_scalars())
 
 
-def train(model, samples, **options):
-    options |= {"max_epochs": 1, "gradient_clip_val": 1.0, "accumulate_grad_batches": 2}
-    trainer = pl.Trainer(**options)
+def train(model, samples):
+    trainer = pl.Trainer(max_epochs=1, accumulate_grad_batches=2, gradient_clip_val=1.0)
     trainer.fit(Module(model), DataLoader(samples, batch_size=8))
     return trainer.optimizers[0]
 

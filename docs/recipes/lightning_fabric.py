@@ -12,8 +12,8 @@ from your_model import Model, samples
 from gradsplit import ModalityDecoupledOptimizer
 
 
-def train(model, samples, **options):
-    fabric = Fabric(**options)
+def train(model, samples):
+    fabric = Fabric()
     fabric.launch()
     base = AdamW(model.parameters(), lr=1e-2)
     model, opt = fabric.setup(model, ModalityDecoupledOptimizer(base))

@@ -1,9 +1,8 @@
 """Lightning, manual optimization: the window of micro-batches is decoupled as a whole.
 
-Ask for the optimizer itself, ``use_pl_optimizer=False``: Lightning's proxy takes no losses in ``step``.
-With float16 return ``joint`` from automatic optimization instead: unscaled losses would be lost here.
-With several devices set ``self.optimizers().module = self.trainer.strategy.model`` in
-``on_train_start``.
+Ask for the optimizer itself: Lightning's proxy takes no losses. With float16 use ``joint`` and
+automatic optimization. For several devices, ``self.optimizers().module =
+self.trainer.strategy.model`` in ``on_train_start``.
 """
 
 import lightning.pytorch as pl
@@ -32,8 +31,8 @@ class Module(pl.LightningModule):
         opt.zero_grad()
 
 
-def train(model, samples, **options):
-    trainer = pl.Trainer(max_epochs=1, **options)
+def train(model, samples):
+    trainer = pl.Trainer(max_epochs=1)
     trainer.fit(Module(model), DataLoader(samples, batch_size=8))
     return trainer.optimizers[0]
 

@@ -1,7 +1,7 @@
 """TensorBoard, Weights & Biases and MLflow: ``as_scalars`` is a flat mapping for all of them.
 
-Reading a report waits for the device: log every so many steps. In keys the "+" of a combination is "-",
-because MLflow refuses "+".
+Reading a report waits for the device: log every so many steps. In keys the "+" of a combination is
+"-", because MLflow refuses "+".
 """
 
 from pathlib import Path

@@ -1,8 +1,8 @@
 """Micro-batches: the gradients of four are merged once.
 
-``accumulate`` takes all but the last, ``backward`` the last. Divide nothing: each loss is averaged over
-the micro-batches that have it, so that a modality which is missing in one of four keeps its size.
-``opt.zero_grad()`` drops what is pending: call it before the window, not within.
+``accumulate`` takes all but the last, ``backward`` the last. Divide nothing: each loss is averaged
+over the micro-batches that have it, so that a modality which is missing in one of four keeps its
+size. ``opt.zero_grad()`` drops what is pending: call it before the window, not within.
 """
 
 from torch.optim import AdamW

@@ -1,7 +1,7 @@
 """MONAI's SupervisedTrainer: the loss function is ``joint``.
 
-``optim_set_to_none=True`` matters: with zeros instead of None, momentum and weight decay would move the
-encoder of a modality that the batch lacks.
+``optim_set_to_none=True`` matters: with zeros instead of None, momentum and weight decay would move
+the encoder of a modality that the batch lacks.
 """
 
 import torch

@@ -1,8 +1,7 @@
 """Optimizers from other packages: Lion, 8-bit AdamW, schedule-free AdamW.
 
-Wrap them, and nothing else changes: about 60 more are listed in ``tests/recipes/test_optimizers.py``.
-``opt.train()`` and ``opt.eval()`` reach a base that has them, as schedule-free ones do, and are nothing
-elsewhere: call them where you call the model's.
+Wrap them, and nothing else changes (``tests/recipes/test_optimizers.py`` has many more).
+``opt.train()`` and ``opt.eval()`` reach a base that has them, as schedule-free ones do.
 """
 
 from torch.utils.data import DataLoader
@@ -29,7 +28,7 @@ def schedule_free(parameters):
     return AdamWScheduleFree(parameters, lr=1e-2)
 
 
-def train(model, samples, base=schedule_free):
+def train(model, samples, base):
     opt = ModalityDecoupledOptimizer(base(model.parameters()))
     opt.train()
     for batch in DataLoader(samples, batch_size=8):
@@ -39,4 +38,5 @@ def train(model, samples, base=schedule_free):
 
 
 if __name__ == "__main__":
-    print(train(Model(), samples()).last)
+    for base in (lion, eight_bit, schedule_free):
+        print(train(Model(), samples(), base).last)

@@ -1,8 +1,8 @@
 """A plain loop, with clipping and a scheduler.
 
-``opt.backward`` adds the merged gradient to ``.grad`` as ``loss.backward()`` would, so clipping, hooks
-and schedulers stay where they are. A modality that the batch lacks is None: the mean over no sample
-would be NaN.
+``opt.backward`` adds the merged gradient to ``.grad`` as ``loss.backward()`` would, so clipping,
+hooks and schedulers stay where they are. A modality that the batch lacks is None: the mean over no
+sample would be NaN.
 """
 
 from torch import nn

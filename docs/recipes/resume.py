@@ -2,8 +2,8 @@
 
 The state dict is the base's own: a checkpoint of the bare base loads too. The seed and counter that
 ``rule="pcgrad"`` draws its order from lie in the parameter groups. A ``CombinationSampler`` and a
-``LossBalance`` have state dicts of their own: put them beside. Save between windows of micro-batches:
-pending rows are not part of it.
+``LossBalance`` have state dicts of their own: put them beside. Save between windows of
+micro-batches: pending rows are not part of it.
 """
 
 from pathlib import Path

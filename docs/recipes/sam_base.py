@@ -1,7 +1,7 @@
 """SAM as the base: both of its gradients are decoupled.
 
-``step`` gets a closure that calls backward itself; ``opt.step(losses)`` cannot work, as the base must
-ask for gradients twice. The report is of the second.
+``step`` gets a closure that calls backward itself; ``opt.step(losses)`` cannot work, as the base
+must ask for gradients twice. The report is of the second.
 """
 
 from pytorch_optimizer import SAM

@@ -1,7 +1,7 @@
 """Averaged weights: SWA over epochs, EMA over steps.
 
-Both read parameters and know of no gradients: nothing changes. ``opt.step(losses)`` is ``zero_grad``,
-``backward`` and ``step`` in one.
+Both read parameters and know of no gradients: nothing changes. ``opt.step(losses)`` is
+``zero_grad``, ``backward`` and ``step`` in one.
 """
 
 from torch.optim import AdamW

@@ -1,7 +1,7 @@
 """timm: its optimizer factory and its schedulers.
 
-The factory makes the base, with its groups without weight decay; timm's schedulers drive the wrapper.
-Its ``NativeScaler`` takes ``joint``: ``loss_scaler(opt.joint(losses), opt)``.
+The factory makes the base, with its groups without weight decay; timm's schedulers drive the
+wrapper. Its ``NativeScaler`` takes ``joint``: ``loss_scaler(opt.joint(losses), opt)``.
 """
 
 from timm.optim import create_optimizer_v2

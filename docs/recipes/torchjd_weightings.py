@@ -1,9 +1,9 @@
 """TorchJD's weightings of a Gramian as ``rule=``.
 
 Those that average, such as UPGrad and MGDA, divide by the number of losses themselves: hence
-``reduction="sum"``. ``scope="all"`` is what TorchJD's own aggregators see. GradVac remembers: what a
-weighting remembers is in no state dict, neither the optimizer's nor its own, so it is saved as it is.
-Load only files that you have written.
+``reduction="sum"``. ``scope="all"`` is what TorchJD's own aggregators see. GradVac remembers: what
+a weighting remembers is in no state dict, neither the optimizer's nor its own, so it is saved as it
+is. Load only files that you have written.
 """
 
 from pathlib import Path

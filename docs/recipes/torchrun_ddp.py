@@ -1,8 +1,8 @@
 """Many ranks with DDP: ``torchrun --nproc-per-node 2 docs/recipes/torchrun_ddp.py``.
 
 ``module=`` is all that is new: the result is that of one process on the batches of all ranks. Every
-rank hands over the same names, with None for what its batch lacks; a loss is averaged over the ranks
-that have it. A batch that lacks everything on one rank is handed over all the same.
+rank hands over the same names, with None for what its batch lacks; a loss is averaged over the
+ranks that have it. A batch that lacks everything on one rank is handed over all the same.
 """
 
 import torch
@@ -21,13 +21,13 @@ def train(model, samples):
     sampler = DistributedSampler(samples, shuffle=False)
     for batch in DataLoader(samples, batch_size=4, sampler=sampler):
         opt.step(ddp(**batch))
+    if dist.get_rank() == 0:
+        torch.save(model.state_dict(), "model.pt")
     return opt
 
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     torch.manual_seed(0)  # all ranks make the same data
-    report = train(Model(), samples()).last
-    if dist.get_rank() == 0:
-        print(report)
+    print(train(Model(), samples()).last)  # the same on every rank
     dist.destroy_process_group()

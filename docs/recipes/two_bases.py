@@ -1,7 +1,7 @@
 """Two optimizers, decoupled together: Muon for matrices, AdamW for the rest.
 
-Wrapping one of the two would give the other one's parameters the plain mean of their gradients.
-A base that steps both is wrapped instead. ``torch.distributed.checkpoint`` does not take its state
+Wrapping one of the two would give the other one's parameters the plain mean of their gradients. A
+base that steps both is wrapped instead. ``torch.distributed.checkpoint`` does not take its state
 dict.
 """
 

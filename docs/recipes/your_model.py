@@ -1,7 +1,7 @@
 """Your model and your data: what every recipe imports.
 
-Two modalities; half of the samples lack audio. One loss for each combination, the mean over the samples that
-have it; None where no sample of the batch does, as in every fourth batch here.
+Two modalities; half of the samples lack audio. One loss per combination, the mean over the samples
+that have it; None where no sample of the batch does, as in every fourth batch here.
 """
 
 import torch
@@ -33,12 +33,11 @@ class Model(nn.Module):
 
 
 def samples(number=64):
-    return [
-        {
-            "text": (text := torch.randn(8)),
-            "audio": (audio := torch.randn(6)),
-            "has_audio": torch.tensor(index % 4 < 2 and index // 8 % 4 != 1),
-            "target": text[:4].sum() - 2 * audio[:3].sum(),
-        }
-        for index in range(number)
-    ]
+    text, audio, index = torch.randn(number, 8), torch.randn(number, 6), torch.arange(number)
+    columns = {
+        "text": text,
+        "audio": audio,
+        "has_audio": (index % 4 < 2) & (index // 8 % 4 != 1),
+        "target": text[:, :4].sum(1) - 2 * audio[:, :3].sum(1),
+    }
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
