@@ -1,10 +1,11 @@
 """Accelerate: ``accelerator.backward`` is given ``joint``.
 
 Accumulation, scaling and clipping work unchanged; each micro-batch is decoupled on its own. Never
-write ``opt.step(losses)``: inside ``accumulate()`` Accelerate calls no step but the last of a
-window, so the losses of all others would be lost, and nobody below it could know. ``opt.optimizer``
-is gradsplit's own below Accelerate's proxy. ``module`` is for several processes.
+write ``opt.step(losses)``: in ``accumulate()`` Accelerate swallows all steps of a window but the
+last, losses included, and nothing below it can know. ``module`` is for several processes.
 """
+
+from pathlib import Path
 
 from accelerate import Accelerator
 from torch.optim import AdamW
@@ -21,6 +22,8 @@ def train(model, samples):
     scheduler, loader = StepLR(opt, 2, gamma=0.5), DataLoader(samples, batch_size=8)
     model, opt, loader, scheduler = accelerator.prepare(model, opt, loader, scheduler)
     opt.optimizer.module = model
+    if Path("checkpoint").exists():
+        accelerator.load_state("checkpoint")
     for batch in loader:
         with accelerator.accumulate(model):
             accelerator.backward(opt.optimizer.joint(model(**batch)))
@@ -29,7 +32,7 @@ def train(model, samples):
             opt.step()
             scheduler.step()
             opt.zero_grad()
-    accelerator.save_state("checkpoint")  # accelerator.load_state("checkpoint") goes on from here
+    accelerator.save_state("checkpoint")
     return opt.optimizer
 
 

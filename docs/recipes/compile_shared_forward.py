@@ -1,20 +1,17 @@
 """``torch.compile`` of one forward that all losses share.
 
 Compiling joins their graphs: every loss seems to reach every parameter, with zeros. ``scope`` says
-what is really shared; what a whole batch lacks is left out, or momentum and decay would move it. As
-several backwards go through one compiled graph, its buffers must not be donated: say so before
-compiling, and delete caches that were written without it.
+what is really shared; what a whole batch lacks is left out, or momentum and decay would move it.
+Buffers must not be donated to the first of several backwards: delete caches from before that.
 """
 
-import torch
+import torch._functorch.config
 from torch.nn.functional import mse_loss
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
 from your_model import Model, samples
 
 from gradsplit import ModalityDecoupledOptimizer
-
-torch._functorch.config.donated_buffer = False
 
 
 def train(model, samples):
@@ -25,6 +22,7 @@ def train(model, samples):
             features["text+audio"] = (features["text"] + features["audio"]) / 2
         return {name: model.head(one).squeeze(-1) for name, one in features.items()}
 
+    torch._functorch.config.donated_buffer = False
     base = AdamW(model.parameters(), lr=1e-2)
     opt = ModalityDecoupledOptimizer(base, scope=model.head.parameters())
     for batch in DataLoader(samples, batch_size=8):

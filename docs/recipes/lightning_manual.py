@@ -1,8 +1,7 @@
 """Lightning, manual optimization: the window of micro-batches is decoupled as a whole.
 
-Ask for the optimizer itself: Lightning's proxy takes no losses. With float16 use ``joint`` and
-automatic optimization. For several devices, ``self.optimizers().module =
-self.trainer.strategy.model`` in ``on_train_start``.
+Ask for the optimizer itself: the proxy takes no losses. float16 needs automatic optimization. With
+several devices set ``opt.module = self.trainer.strategy.model`` in ``on_train_start``.
 """
 
 import lightning.pytorch as pl

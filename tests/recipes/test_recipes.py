@@ -9,7 +9,7 @@ import importlib
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,17 +30,6 @@ from tests.reference import decouple_window
 RECIPES = Path(__file__).parents[2] / "docs" / "recipes"
 
 pytestmark = pytest.mark.filterwarnings("ignore", "error:.*joint")
-
-
-@pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What recipes write goes there; numbers are float64, in which equal means equal."""
-    monkeypatch.chdir(tmp_path)
-    torch.set_default_dtype(torch.float64)
-    # Inductor would compile for two minutes; what joins the graphs is before it.
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def adamw(model: nn.Module) -> list[Optimizer]:
@@ -256,6 +245,17 @@ def test_loggers_have_every_scalar(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert list(tmp_path.glob("runs/wandb/offline-run-*/*.wandb"))
 
 
+def test_accelerate_loads_what_it_has_saved() -> None:
+    pytest.importorskip("accelerate", reason="needs accelerate")
+    model, twin, data = fresh()
+    resumed, recipe = Model(), importlib.import_module("accelerate_loop")
+    recipe.train(model, data)
+    recipe.train(resumed, data)
+    by_hand(twin, data + data, adamw(twin), **CLIP | JOINT | HALVED)
+    same_weights(resumed, twin)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["torchrun_ddp", "torchrun_fsdp2"])
 def test_two_ranks_train_as_one_process(name: str) -> None:
     torch.set_default_dtype(torch.float32)
@@ -267,17 +267,15 @@ def test_two_ranks_train_as_one_process(name: str) -> None:
     same_weights(model, twin, 1e-4)
 
 
-@pytest.mark.parametrize(
-    ("name", "package"),
-    [("lion", "lion_pytorch"), ("eight_bit", "bitsandbytes"), ("schedule_free", "schedulefree")],
-)
-def test_other_bases(name: str, package: str) -> None:
-    pytest.importorskip(package, reason=f"needs {package}")
+@pytest.mark.parametrize("name", ["Lion", "AdamW8bit", "AdamWScheduleFree"])
+def test_other_bases(name: str) -> None:
+    for package in ("bitsandbytes", "lion_pytorch", "schedulefree"):
+        pytest.importorskip(package, reason=f"needs {package}")
     torch.set_default_dtype(torch.float32)
     recipe = importlib.import_module("other_bases")
     model, twin, data = fresh()
     recipe.train(model, data, getattr(recipe, name))
-    base = getattr(recipe, name)(twin.parameters())
+    base = getattr(recipe, name)(twin.parameters(), lr=1e-3)
     modes = {mode: getattr(base, mode, lambda: None) for mode in ("train", "eval")}
     modes["train"]()
     by_hand(twin, data, [base])
