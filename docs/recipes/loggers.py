@@ -29,6 +29,7 @@ def train(model, samples, folder=Path("runs")):
             mlflow.log_metrics(scalars, step=step)
     writer.close()
     run.finish()
+    mlflow.end_run()
     return opt
 
 
