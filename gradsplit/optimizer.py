@@ -140,7 +140,8 @@ class ModalityDecoupledOptimizer(Optimizer):
 
     *torch.compile.* A compiled forward that all losses share joins their graphs, so that every loss
     seems to reach every parameter: give ``scope=`` the parameters of the trunk that is really
-    shared, and the result is exact. ``backward``, ``accumulate`` and ``step`` are never traced.
+    shared. Exact, but for what a whole batch lacks: it gets zeros, not None, and momentum moves it;
+    leave it out of the forward. ``backward``, ``accumulate`` and ``step`` are never traced.
 
     *Many ranks.* ``docs/distributed.rst``. Each row is averaged over the ranks that have the loss;
     None says that this rank lacks it. All ranks call with the same names in the same order, or all

@@ -1,13 +1,13 @@
 """Two optimizers, decoupled together: Muon for matrices, AdamW for the rest.
 
-Wrapping one of the two would give the other one's parameters the plain mean of their gradients.
-A base that steps both is wrapped instead. ``torch.distributed.checkpoint`` does not take its state
+Wrapping one of the two would give the other one's parameters the plain mean of their gradients. A
+base that steps both is wrapped instead. ``torch.distributed.checkpoint`` does not take its state
 dict.
 """
 
-import torch
-from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
+from torch.utils.data import DataLoader
+from your_model import Model, samples
 
 from gradsplit import ModalityDecoupledOptimizer
 
@@ -40,16 +40,14 @@ class Both(Optimizer):
         return type(self), self.parts
 
 
-if __name__ == "__main__":
-    text, audio, head = nn.Linear(8, 4), nn.Linear(6, 4), nn.Linear(4, 1)
-    parameters = [p for module in (text, audio, head) for p in module.parameters()]
-    matrices = Muon([p for p in parameters if p.dim() == 2], lr=1e-2)
-    others = AdamW([p for p in parameters if p.dim() != 2], lr=1e-3)
+def train(model, samples):
+    matrices = Muon([p for p in model.parameters() if p.dim() == 2], lr=1e-2)
+    others = AdamW([p for p in model.parameters() if p.dim() != 2], lr=1e-3)
     opt = ModalityDecoupledOptimizer(Both(matrices, others))
-    for _ in range(3):
-        losses = {
-            "text": head(text(torch.randn(16, 8))).square().mean(),
-            "audio": head(audio(torch.randn(16, 6))).square().mean(),
-        }
-        opt.step(losses)
-    print(opt.last)
+    for batch in DataLoader(samples, batch_size=8):
+        opt.step(model(**batch))
+    return opt
+
+
+if __name__ == "__main__":
+    print(train(Model(), samples()).last)
