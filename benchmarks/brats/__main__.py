@@ -89,7 +89,7 @@ HERE = ("data", "allow_missing", "amp", "device", "workers", "threads")  # with 
 
 @dataclass(frozen=True, kw_only=True)
 class Actions(command.Results):
-    """What else is done, and where the results go."""
+    """Where the results go. What else there is to do."""
 
     check: bool = False
     """check data and configuration, estimate memory and time, and stop"""

@@ -16,8 +16,8 @@ import pytest
 from benchmarks.runs.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).parents[2]
-WRITTEN = ["results.json", "table.md"]
-OF_GRADIENTS = ["angles.png", "dominance.png"]  # not of `full` alone
+WRITTEN = ["results.json", "scores.csv", "table.md"]
+OF_GRADIENTS = ["before_after.png", "gradients.png"]  # not of `full` alone
 SMALL = ["--width", "8", "--depth", "1", "--heads", "2", "--batch-size", "8"]  # of sentiment
 TINY = ["--crop", "16", "--width", "8", "--validate-every", "1", "--threads", "1"]  # of BraTS
 
