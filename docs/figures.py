@@ -1,7 +1,6 @@
 """The figures of the site: each function draws one, when the site is built."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
@@ -44,8 +43,11 @@ def _arrow(axes: plt.Axes, to: Tensor, color: str, label: str, shift: tuple[int,
     axes.annotate(label, to.tolist(), shift, textcoords="offset points", color=color, ha="center")
 
 
-def readme() -> None:
-    """README's picture: :func:`projection`, and beside it the report of a real step."""
+def readme(path: str) -> None:
+    """README's picture: :func:`projection`, and beside it the report of a real step.
+
+    In ``docs/``: ``python -c "import figures; figures.readme('readme.png')"``.
+    """
     opposed = [str(report) for report in _digits() if report.opposed()]
     report = min(opposed, key=len)  # few pairs conflict: it fits
     projection()
@@ -55,6 +57,7 @@ def readme() -> None:
     left.set_axis_off()
     figure.text(0.41, 0.9, "print(report), in training on digits", weight="bold", size=10)
     figure.text(0.41, 0.8, report, family="monospace", size=7.4, va="top", linespacing=1.7)
+    figure.savefig(path, dpi=150, facecolor="white")
 
 
 def gramian() -> None:
@@ -205,8 +208,3 @@ def _projected(gramian: Tensor, order: Tensor | None) -> Tensor:
                 if j != i and inner < 0:
                     coefficients[i, j] -= inner / gramian[j, j]
     return coefficients @ gramian @ coefficients.T
-
-
-if __name__ == "__main__":  # for README, which shows a file
-    readme()
-    plt.savefig(Path(__file__).with_name("readme.png"), dpi=150, facecolor="white")
