@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -136,5 +137,12 @@ def test_help_names_every_option_in_groups(name: str, capsys: Capsys) -> None:
     wanted = {field.name.replace("_", "-") for field in dataclasses.fields(config)}
     assert wanted < set(options)
     for title in ("What is compared.", "Where it runs.", "Where the results go."):
-        assert title in said
+        assert title.lower() in said.lower()
     assert f"(default: {config.seeds})" in said
+
+
+def test_the_benchmarks_are_listed(capsys: Capsys) -> None:
+    runpy.run_module("benchmarks", run_name="__main__")
+    said = capsys.readouterr().out.splitlines()
+    found = [re.fullmatch(r"python -m benchmarks\.(\w+) +\S.{20,}\.", line) for line in said]
+    assert [match and match[1] for match in found] == ["sentiment", "brats", "speed", "regimes"]
