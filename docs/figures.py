@@ -45,7 +45,10 @@ def _arrow(axes: plt.Axes, to: Tensor, color: str, label: str, shift: tuple[int,
 
 
 def readme() -> None:
-    """README's picture: :func:`projection`, and beside it the report of a real step."""
+    """Write README's picture: :func:`projection`, and beside it the report of a real step.
+
+    Called by hand: Sphinx's plots run this file as a script, and know no path of it.
+    """
     opposed = [str(report) for report in _digits() if report.opposed()]
     report = min(opposed, key=len)  # few pairs conflict: it fits
     projection()
@@ -55,6 +58,7 @@ def readme() -> None:
     left.set_axis_off()
     figure.text(0.41, 0.9, "print(report), in training on digits", weight="bold", size=10)
     figure.text(0.41, 0.8, report, family="monospace", size=7.4, va="top", linespacing=1.7)
+    figure.savefig(Path(__file__).with_name("readme.png"), dpi=150, facecolor="white")
 
 
 def gramian() -> None:
@@ -205,8 +209,3 @@ def _projected(gramian: Tensor, order: Tensor | None) -> Tensor:
                 if j != i and inner < 0:
                     coefficients[i, j] -= inner / gramian[j, j]
     return coefficients @ gramian @ coefficients.T
-
-
-if __name__ == "__main__":  # for README, which shows a file
-    readme()
-    plt.savefig(Path(__file__).with_name("readme.png"), dpi=150, facecolor="white")
