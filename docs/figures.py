@@ -1,6 +1,7 @@
 """The figures of the site: each function draws one, when the site is built."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
@@ -43,10 +44,10 @@ def _arrow(axes: plt.Axes, to: Tensor, color: str, label: str, shift: tuple[int,
     axes.annotate(label, to.tolist(), shift, textcoords="offset points", color=color, ha="center")
 
 
-def readme(path: str) -> None:
-    """README's picture: :func:`projection`, and beside it the report of a real step.
+def readme() -> None:
+    """Write README's picture: :func:`projection`, and beside it the report of a real step.
 
-    In ``docs/``: ``python -c "import figures; figures.readme('readme.png')"``.
+    Called by hand: Sphinx's plots run this file as a script, and know no path of it.
     """
     opposed = [str(report) for report in _digits() if report.opposed()]
     report = min(opposed, key=len)  # few pairs conflict: it fits
@@ -57,7 +58,7 @@ def readme(path: str) -> None:
     left.set_axis_off()
     figure.text(0.41, 0.9, "print(report), in training on digits", weight="bold", size=10)
     figure.text(0.41, 0.8, report, family="monospace", size=7.4, va="top", linespacing=1.7)
-    figure.savefig(path, dpi=150, facecolor="white")
+    figure.savefig(Path(__file__).with_name("readme.png"), dpi=150, facecolor="white")
 
 
 def gramian() -> None:

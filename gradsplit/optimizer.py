@@ -161,7 +161,7 @@ class ModalityDecoupledOptimizer(Optimizer):
     grows with the distance from the losses. On the sentiment transformer the last linear layer of
     the last block takes 1.3 joint steps (exact: 2.9), and its merged gradient is nearer to the
     exact one than the plain sum is (cosine 0.995 against 0.989). On the BraTS U-Net no choice is
-    good: its head takes 1.0 joint steps (exact: 5.2), finds 18 % of the conflicts, and merges to
+    good: its head takes 1.0 joint steps (exact: 5.3), finds 18 % of the conflicts, and merges to
     the plain sum, in effect. So there is no default.
 
     Hooks registered on this optimizer or on the base fire once per step. torch's global optimizer
