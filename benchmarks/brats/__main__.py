@@ -24,17 +24,16 @@ BRATS is a folder of cases as BraTS 2018, 2020, 2021, 2023 or 2024 lays it out, 
 Without --data, phantoms are generated, written as NIfTI and read as any other data. The preset sets
 all other defaults: quick (minutes on a CPU), paper, or released; benchmarks/brats/presets.py lists
 each value and where it comes from. Every test case is segmented from each of the 15 combinations
-that it has. Results go to results/brats-DATE: results.json, table.md, pictures, and the best and
-last model of each training. Ctrl-C, or a killed process, leaves a checkpoint that --resume
-continues from: on a CPU exactly, on a GPU up to its own nondeterminism.
-On several ranks, with --device cuda on a GPU each:
+that it has. Results go to results/brats-DATE: results.json, scores.csv, table.md, pictures, and
+the best and last model of each training. Ctrl-C, or a killed process, leaves a checkpoint that
+--resume continues from: on a CPU exactly, on a GPU up to its own nondeterminism. On several
+ranks, with --device cuda on a GPU each:
 
     torchrun --nproc-per-node 2 -m benchmarks.brats ...
 
 each step has the same batch, of which each rank takes its share; so has each evaluation.
 """
 
-import json
 import math
 import os
 import sys
@@ -72,9 +71,9 @@ from benchmarks.brats.report import Report, write_report
 from benchmarks.brats.splits import acn_split, read_split, split_cases
 from benchmarks.brats.training import Training
 from benchmarks.brats.volumes import Prepared, make_dataset
-from benchmarks.runs import command, ranks, results
+from benchmarks.runs import command, ranks
 from benchmarks.runs.methods import sampler_of
-from benchmarks.runs.session import Diverged, Session, begin, finished, same_data
+from benchmarks.runs.session import Diverged, Session, begin, finished, same_data, told
 from benchmarks.runs.training import train_all
 from reference_models.unet3d import DynamicSharingUNet3d
 
@@ -110,16 +109,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(arguments: list[str]) -> int:
     config, actions, given = command.parse(arguments, PROG, __doc__ or "", PRESETS, Actions)
     if actions.model is not None:
-        return _apply(actions.model, actions.predict, config, given)
+        return _apply(actions, actions.model, config, given)
     if actions.check and ranks.count() > 1:
         command.refuse("--check", "measures one process; start it without torchrun")
     if actions.predict is not None:
         _make(actions.predict)  # not after hours of training
     given = [option for option in given if option != "--predict"]
-    if actions.predict is None and finished(actions, given):
-        return 0
-    if actions.resume is not None and not given and (actions.resume / results.RESULTS).exists():
-        return _predict_again(actions.resume, actions.predict)
+    if content := finished(PROG, actions.resume, given):
+        if actions.predict is None:
+            return told(actions.resume)
+        return _predict_again(actions.resume, content, actions.predict)
     with command.blaming("--combinations"):
         sampler_of("sum", config.combinations, MODALITIES, 0)
     with command.blaming("--width"):
@@ -149,14 +148,7 @@ def _run(session: Session, config: Config, prepared: Prepared, predict: Path | N
             unit="crop",
             line=_line_of,
         )
-        report = Report(
-            prepared.data,
-            splits=splits,
-            config=session.config,
-            command=session.kept["command"],
-            environment=session.kept["environment"],
-            done=session.done,
-        )
+        report = Report(prepared.data, splits=splits, **session.facts)
         return ranks.first(lambda: write_report(report, session.folder))
 
     if predict is None:
@@ -190,8 +182,9 @@ def _make(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
 
 
-def _apply(model: Path, out: Path | None, config: Config, given: Sequence[str]) -> int:
+def _apply(actions: Actions, model: Path, config: Config, given: Sequence[str]) -> int:
     """Segment all cases of a folder, which need no segmentation of their own, with one model."""
+    out, given = actions.predict, [*given, *["--resume"] * (actions.resume is not None)]
     if out is None or config.data is None:
         command.refuse("--model", "say also --predict OUT and --data FOLDER")
     own = {"--model", "--predict", *(f"--{name.replace('_', '-')}" for name in HERE)}
@@ -213,9 +206,8 @@ def _apply(model: Path, out: Path | None, config: Config, given: Sequence[str]) 
     return 0
 
 
-def _predict_again(folder: Path, out: Path) -> int:
-    """With the models of a finished run."""
-    content = json.loads((folder / results.RESULTS).read_text("utf-8"))
+def _predict_again(folder: Path, content: Mapping[str, Any], out: Path) -> int:
+    """With the models of a finished run, which has written ``content``."""
     with command.blaming("--resume"):
         config = command.restored(Config, content["config"])
     torch.set_num_threads(config.threads)

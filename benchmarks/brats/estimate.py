@@ -85,9 +85,7 @@ def _measured_step(training: Training, prepared: Prepared, config: Config) -> tu
     seconds = None
     while seconds is None:
         started = time.perf_counter()
-        if (
-            training.step([batch] * config.accumulate) is not None
-        ):  # it reads the loss, so it is done
+        if training.step([batch] * config.accumulate) is not None:  # the loss is read: it is done
             seconds = time.perf_counter() - started
     return sum(storages.values()), seconds
 

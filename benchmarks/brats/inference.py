@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._functorch.config
-import torch._inductor.config
 from monai.inferers.utils import sliding_window_inference
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file

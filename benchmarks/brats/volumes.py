@@ -33,9 +33,8 @@ from benchmarks.brats.cases import (
 from benchmarks.runs import ranks
 from benchmarks.runs.results import atomic_path
 
-__all__ = ["CACHES", "NORMALISATIONS", "make_dataset", "training_batches"]
+__all__ = ["Prepared", "make_dataset", "training_batches"]
 
-CACHES = ("memory", "disk", "none")
 CLIP = (1, 99)  # percentiles of the nonzero voxels
 CACHE_FORMAT = 2  # raise when what a sample holds of the same files changes
 
@@ -74,9 +73,8 @@ def make_dataset(
 
     Items are dictionaries of ``volume`` (M, D, H, W) float32, zeros where a modality is missing;
     ``available`` (M,) bool; ``label`` (R, D, H, W) uint8, 0 or 1, unless the case has no
-    segmentation; ``name``. Modalities are in the
-    order of MODALITIES, regions in that of ``regions``. Tensors of a memory cache are the cache's
-    own: do not change them in place.
+    segmentation; ``name``. Modalities are in the order of MODALITIES, regions in that of
+    ``regions``. Tensors of a memory cache are the cache's own: do not change them in place.
 
     Args:
         cases: of a :class:`~benchmarks.brats.cases.BratsData`.

@@ -32,7 +32,7 @@ from benchmarks.regimes.report import comparisons, table
 from benchmarks.regimes.training import study
 from benchmarks.runs import command, results
 from benchmarks.runs.command import Machine, Positive, Whole
-from benchmarks.runs.session import Session, begin, finished
+from benchmarks.runs.session import Session, begin, finished, told
 
 __all__ = ["main"]
 
@@ -75,8 +75,8 @@ def _main(arguments: list[str]) -> int:
         command.refuse("--seeds", f"must be at most {TUNING}, where tuning seeds begin")
     if config.device != "cpu":
         command.refuse("--device", "its networks are too small for anything but a CPU")
-    if finished(where, given):
-        return 0
+    if finished(PROG, where.resume, given):
+        return told(where.resume)
     packages = ["numpy", "scipy", "scikit-learn", "matplotlib"]
     session, config, digits = begin(PROG, arguments, config, given, where, _load, packages)
     return session.carry_out(lambda: _run(session, config, digits))

@@ -2,7 +2,7 @@
 
 Models of a batch do not depend on each other, so one backward of a loss's sum over them gives the
 row of each. What a step does to one model is what ModalityDecoupledOptimizer around torch.optim
-does; tests/test_benchmark_regimes.py holds the two against each other.
+does; tests/benchmarks/regimes/test_regimes.py holds the two against each other.
 """
 
 import math

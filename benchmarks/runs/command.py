@@ -86,7 +86,8 @@ def _number(kind: Callable[[str], Any], holds: Callable[[Any], bool], what: str,
 
 
 Positive = Annotated[int, _number(int, lambda x: x >= 1, "a whole number of at least 1", "N")]
-Whole = Annotated[int, _number(int, lambda x: x >= 0, "a whole number of at least 0", "N")]
+# Below 2^32: also of seeds, from which generators of 64 bits are seeded.
+Whole = Annotated[int, _number(int, lambda x: 0 <= x < 2**32, "whole, from 0 to below 2^32", "N")]
 PositiveFloat = Annotated[float, _number(float, lambda x: 0 < x < math.inf, "positive", "X")]
 FromZero = Annotated[float, _number(float, lambda x: 0 <= x < math.inf, "at least 0", "X")]
 Fraction = Annotated[float, _number(float, lambda x: 0 <= x < 1, "from 0 to below 1", "X")]

@@ -1,9 +1,8 @@
-"""What every benchmark reports beside its scores: what the gradients did.
+"""What the gradients did in trainings, from the records of their merges: a table and pictures.
 
-Everything is computed from the records of the merges. A record is a
-mapping of ``gramians`` (S, m, m), ``weights`` (S, m) and ``trained`` (S, m): for every training
-step, the Gramian, the weights of the rule, and which combination each row belongs to (an index
-into the benchmark's list of names; -1 where a step had fewer than m rows).
+A record is a mapping of ``gramians`` (S, m, m), ``weights`` (S, m) and ``trained`` (S, m): for
+every training step, the Gramian, the weights of the rule, and which combination each row belongs to
+(an index into the benchmark's list of names; -1 where a step had fewer than m rows).
 """
 
 import math

@@ -2,6 +2,7 @@
 
 import datetime
 import io
+import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ __all__ = [
     "new_folder",
     "same_data",
     "show",
+    "told",
 ]
 
 CHECKPOINT = "checkpoint.pt"
@@ -52,9 +54,9 @@ class Session:
         self.kept = kept
 
     @property
-    def config(self) -> dict[str, Any]:
-        config: dict[str, Any] = self.kept["config"]
-        return config
+    def facts(self) -> dict[str, Any]:
+        """What a report says of the run."""
+        return {name: self.kept[name] for name in ("config", "command", "environment", "done")}
 
     @property
     def done(self) -> list[dict[str, Any]]:
@@ -104,13 +106,23 @@ def show(table: str) -> None:
     print(table)
 
 
-def finished(where: Any, given: Sequence[str]) -> bool:
-    """Whether there is nothing to resume: the folder's table is shown."""
-    folder = where.resume
+def finished(prog: str, folder: Path | None, given: Sequence[str]) -> dict[str, Any] | None:
+    """What the finished run in ``folder`` has written; None: there is something to do."""
     if folder is None or given or not (folder / results.RESULTS).exists():
-        return False
-    show(f"{folder} is already finished:\n\n{(folder / results.TABLE).read_text('utf-8')}")
-    return True
+        return None
+    with blaming("--resume"):
+        content: dict[str, Any] = json.loads((folder / results.RESULTS).read_text("utf-8"))
+        if content.get("benchmark") != prog.rpartition(".")[2]:
+            raise ValueError(f"{folder} holds the results of another benchmark")
+    return content
+
+
+def told(folder: Path) -> int:
+    """The exit code, where there is nothing to resume: the folder's table is shown."""
+    with blaming("--resume"):
+        table = (folder / results.TABLE).read_text("utf-8")
+    show(f"{folder} is already finished:\n\n{table}")
+    return 0
 
 
 def begin(
@@ -133,7 +145,7 @@ def begin(
     if where.resume is not None:
         session = _resume(prog, where.resume, given, environment)
         with blaming("--resume"):
-            config = restored(type(config), session.config)
+            config = restored(type(config), session.kept["config"])
         data = _loaded(config, load)
         same_data(data, session.kept["digest"])
         return session, config, data

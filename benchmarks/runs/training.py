@@ -1,4 +1,4 @@
-"""Training with gradient decoupling: what every benchmark's trainings have in common.
+"""Training with gradient decoupling: what the trainings of sentiment and BraTS have in common.
 
 A benchmark extends :class:`Training` by its model, its losses, its data and its scores;
 :func:`train_all` runs the trainings of a session one after another.

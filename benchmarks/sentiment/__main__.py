@@ -18,8 +18,8 @@ One model is trained per method and seed, from the same initial weights and with
 
 The epoch with the best validation split (MAE, mean over all combinations) is tested on every
 combination of available modalities, over the utterances that have all of it. Results go to
-results/sentiment-DATE: results.json, table.md and pictures. Ctrl-C leaves a checkpoint that
---resume continues from exactly. On several ranks:
+results/sentiment-DATE: results.json, scores.csv, table.md and pictures. Ctrl-C, or a killed
+process, leaves a checkpoint that --resume continues from exactly. On several ranks:
 
     torchrun --nproc-per-node 2 -m benchmarks.sentiment ...
 
@@ -33,7 +33,7 @@ from typing import Any
 
 from benchmarks.runs import command, ranks
 from benchmarks.runs.methods import sampler_of
-from benchmarks.runs.session import begin, finished
+from benchmarks.runs.session import begin, finished, told
 from benchmarks.runs.training import train_all
 from benchmarks.sentiment.data import MODALITIES, SentimentData, load_file, synthetic
 from benchmarks.sentiment.report import Report, write_report
@@ -59,8 +59,8 @@ def _main(arguments: list[str]) -> int:
         )
     with command.blaming("--combinations"):
         sampler_of("sum", config.combinations, MODALITIES, 0)
-    if finished(where, given):
-        return 0
+    if finished(PROG, where.resume, given):
+        return told(where.resume)
     packages = ["numpy", "scipy", "scikit-learn", "matplotlib"]
     session, config, data = begin(PROG, arguments, config, given, where, _load, packages)
 
@@ -73,13 +73,7 @@ def _main(arguments: list[str]) -> int:
             unit="utterance",
             line=_line_of,
         )
-        report = Report(
-            data,
-            config=session.config,
-            command=session.kept["command"],
-            environment=session.kept["environment"],
-            done=session.done,
-        )
+        report = Report(data, **session.facts)
         return ranks.first(lambda: write_report(report, session.folder))
 
     return session.carry_out(work)

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import torch
 from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error
+from torch import Tensor
 
 from benchmarks.runs import report as runs
 from benchmarks.runs import results
@@ -26,6 +28,7 @@ __all__ = [
     "NAMES",
     "Report",
     "chances",
+    "having",
     "metrics",
     "summarise",
     "write_report",
@@ -68,6 +71,12 @@ utterances, and cannot be compared with each other. The train mean is over all {
 
 
 # --- metrics -------------------------------------------------------------------------------------
+
+
+def having(available: Tensor) -> Tensor:
+    """(7, N): which samples have all modalities of a combination; of ``available`` (N, 3)."""
+    places = [[MODALITIES.index(name) for name in combination] for combination in COMBINATIONS]
+    return torch.stack([available[:, place].all(1) for place in places])
 
 
 def metrics(predictions: Array, labels: Array) -> dict[str, float]:
@@ -127,15 +136,12 @@ class Report(runs.Report):
         self.remarks = data.remarks()
         test, mean = data.splits["test"], float(data.splits["train"].labels.double().mean())
         labels = test.labels.double().numpy()
-        having = {  # by combination: the test utterances that have all of its modalities
-            name: test.available[:, [MODALITIES.index(one) for one in some]].all(1).numpy()
-            for name, some in zip(NAMES, COMBINATIONS, strict=True)
-        }
-        self.counts = {name: int(rows.sum()) for name, rows in having.items()}
+        has = dict(zip(NAMES, having(test.available).numpy(), strict=True))
+        self.counts = {name: int(rows.sum()) for name, rows in has.items()}
         # Of the mean label of train: of all, and over the same utterances as the models' scores.
         self.constant = metrics(np.full(len(test), mean), labels)
         self.constants = {
-            name: metrics(np.full(rows.sum(), mean), labels[rows]) for name, rows in having.items()
+            name: metrics(np.full(rows.sum(), mean), labels[rows]) for name, rows in has.items()
         }
         least, most = min(self.counts.values()), max(self.counts.values())
         self.complete = least == len(test)

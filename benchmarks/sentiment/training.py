@@ -24,7 +24,7 @@ from benchmarks.runs.command import (
 from benchmarks.runs.session import Diverged
 from benchmarks.runs.training import Losses
 from benchmarks.sentiment.data import MODALITIES, SentimentData, Split, draw_available
-from benchmarks.sentiment.report import COMBINATIONS, NAMES, metrics, summarise
+from benchmarks.sentiment.report import COMBINATIONS, NAMES, having, metrics, summarise
 from reference_models.sentiment_transformer import SentimentTransformer, SentimentTransformerConfig
 
 __all__ = ["PRESETS", "Config", "Training", "evaluate", "mean_error", "predict"]
@@ -154,12 +154,6 @@ def mean_error(model: SentimentTransformer, split: Split, has: Tensor) -> float:
     errors = np.abs(predict(model, split) - split.labels.double().numpy())
     by_combination = [error[rows] for error, rows in zip(errors, has.numpy(), strict=True)]
     return float(np.mean([some.mean() for some in by_combination if len(some) > 0]))
-
-
-def having(available: Tensor) -> Tensor:
-    """(7, N): which samples have all modalities of a combination; of ``available`` (N, 3)."""
-    places = [[MODALITIES.index(name) for name in combination] for combination in COMBINATIONS]
-    return torch.stack([available[:, place].all(1) for place in places])
 
 
 def _on(device: torch.device, batch: Any) -> Any:

@@ -16,13 +16,13 @@ from benchmarks.speed.timing import Row, paired_ratios
 
 __all__ = ["draw_projection", "draw_steps"]
 
-_DASHED: dict[str, Any] = {"color": pictures.BLACK, "linestyle": (0, (4, 3)), "linewidth": 1.2}
+_DASHED: dict[str, Any] = {"color": pictures.BLACK, "linestyle": pictures.DASHED, "linewidth": 1.2}
 _DASHES = ("-", "--", ":")
 # What is ours is red, TorchJD's blue, and anything else grey or black.
 _FAMILIES = {
     "ours": ("D", (pictures.RED, pictures.ORANGE, "#8C5A00", pictures.PURPLE, "#882255")),
     "TorchJD": ("o", (pictures.BLUE, pictures.SKY, pictures.GREEN, "#004466")),
-    "": ("s", ("#7F7F7F", pictures.BLACK, "#B0B0B0")),
+    "": ("s", (pictures.GREY, pictures.BLACK, "#B0B0B0")),
 }
 
 

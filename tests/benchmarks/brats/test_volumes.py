@@ -21,10 +21,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from benchmarks.brats.cases import MODALITIES, REGIONS, BratsData, load_folder, read_regions
-from benchmarks.brats.volumes import CACHES, make_dataset, training_batches
+from benchmarks.brats.volumes import make_dataset, training_batches
 from tests.benchmarks.brats.cases import OLD, REAL, SHAPE, Array, arrays, write, write_case
 
 Sample = dict[str, Any]
+
+CACHES = ("memory", "disk", "none")
 
 
 @pytest.fixture

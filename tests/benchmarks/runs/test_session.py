@@ -220,9 +220,13 @@ def test_a_bad_checkpoint_relays_no_advice_of_torch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["brats", "regimes"])
-def test_another_benchmarks_run_is_not_continued(cut: Path, capsys: Capsys, name: str) -> None:
+def test_another_benchmarks_run_is_not_continued(
+    cut: Path, sentiment_run: Path, capsys: Capsys, name: str
+) -> None:
     said = refused(MAINS[name], capsys, "--resume", cut)
     assert f"{cut} holds a run of python -m benchmarks.sentiment" in said
+    said = refused(MAINS[name], capsys, "--resume", sentiment_run)
+    assert f"--resume: {sentiment_run} holds the results of another benchmark" in said
 
 
 @pytest.mark.parametrize(
