@@ -3,10 +3,7 @@
 import dataclasses
 import json
 import math
-import os
-import signal
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,7 @@ from benchmarks.speed.report import write_report
 from benchmarks.speed.tasks import EncodersTask, MLPTask, Rows, SentimentTask, Task, UNetTask
 from benchmarks.speed.timing import Clock, Contender, fit_exponent, paired_ratio, paired_ratios
 from tests import reference
+from tests.benchmarks.running import cut_off
 
 CPU = torch.device("cpu")
 TINY = dataclasses.replace(
@@ -436,24 +434,10 @@ def test_wrong_arguments_are_named(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="SIGINT is sent as on POSIX")
 def test_ctrl_c_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "speed"
-
-    def press() -> None:
-        while not folder.exists():
-            time.sleep(0.01)
-        time.sleep(0.2)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    # A test run in the background has SIGINT ignored.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        threading.Thread(target=press, daemon=True).start()
-        code = speed.main(["--parts", "projection", "--out", str(folder)])
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert code == 130 and "interrupted: nothing was written" in capsys.readouterr().err
+    cut_off(Clock, "time", 0, speed.main, "--parts", "projection", "--out", folder)
+    assert "interrupted: nothing was written" in capsys.readouterr().err
     assert not folder.exists()
 
 
