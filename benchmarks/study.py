@@ -45,7 +45,9 @@ class Findings(NamedTuple):
 
 def of_sentiment(content: Mapping[str, Any], scores: pd.DataFrame) -> Findings:
     rates = ", ".join(f"{name} {rate:.0%}" for name, rate in content["config"]["missing"].items())
-    source = "synthetic data" if content["data"]["synthetic"] else "MOSI"
+    source = (
+        "synthetic data" if content["data"]["synthetic"] else Path(content["data"]["source"]).name
+    )
     title = f"Missing in training: {rates}" if rates else "All modalities in training"
     mae = scores[scores["metric"] == "mae"]
     alone = mae[~mae["combination"].str.contains("+", regex=False)]

@@ -161,6 +161,8 @@ def load_about(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, "pt") as file:
             about: dict[str, Any] = json.loads(file.metadata()["gradsplit"])
+        if not {"config", "model_config"} <= about.keys():
+            raise KeyError("config")
     except (SafetensorError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path}: not a model that this version saved, such as best-gmd-seed0.safetensors"

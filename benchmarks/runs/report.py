@@ -151,6 +151,8 @@ class Report:
 
     def verdicts(self) -> list[str]:
         """A paragraph for each method that was compared."""
+        if "sum" not in self.methods:
+            return [filled("Nothing is compared: the method sum, the baseline, was left out.")]
         found = self.compare()
         how: dict[str, Any] = {"what": self.compared, "digits": self.digits, "lower": self.lower}
         said = [verdict(name, one, methods=len(found), **how) for name, one in found.items()]

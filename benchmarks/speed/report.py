@@ -28,7 +28,6 @@ def write_report(content: Mapping[str, Any], folder: Path) -> str:
     rows, rounds = content["rows"], content["sizes"]["rounds"]
     toy = content["preset"] != "full"
     reached = [] if toy else goals(rows)  # toy sizes reach and miss nothing
-    results.write_json(folder / results.RESULTS, {**content, "goals": reached})
     sections = [_header(content)]
     for part, section in _SECTIONS.items():
         if some := [row for row in rows if row["part"] == part]:
@@ -49,6 +48,8 @@ def write_report(content: Mapping[str, Any], folder: Path) -> str:
         draw_projection(folder / "projection.png", title, projections)
     if steps := [row for row in rows if "apart" in row]:
         draw_steps(folder / "step.png", title, steps)
+    # Last: a folder that has it is finished.
+    results.write_json(folder / results.RESULTS, {**content, "goals": reached})
     return table
 
 
