@@ -62,7 +62,6 @@ PUBLISHED = {
     "BraTS 2023": "WT=1,2,3 TC=1,3 ET=3",
     "BraTS 2024 (GLI)": "WT=1,2,3 TC=1,3 ET=3 RC=4",
 }
-REGIONS_2023 = PUBLISHED["BraTS 2023"]
 ORIENTATION = "LPS"  # that of BraTS: axes point to the left, to the back and up
 GRADES = ("HGG", "LGG")
 PROBLEMS_SHOWN = 20

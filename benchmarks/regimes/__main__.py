@@ -70,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: list[str]) -> int:
+    command.alone()
     config, where, given = command.parse(arguments, PROG, __doc__ or "", PRESETS)
     if config.seeds > TUNING:
         command.refuse("--seeds", f"must be at most {TUNING}, where tuning seeds begin")

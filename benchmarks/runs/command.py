@@ -34,6 +34,7 @@ __all__ = [
     "Results",
     "Whole",
     "Written",
+    "alone",
     "blaming",
     "checked",
     "list_of",
@@ -295,6 +296,12 @@ def refuse(option: str, reason: str) -> NoReturn:
     raise Refused(f"argument {option}: {reason}")
 
 
+def alone() -> None:
+    """For a benchmark that divides nothing among ranks: each would do all of it again."""
+    if ranks.launched():
+        raise Refused("this benchmark runs in one process; start it without torchrun")
+
+
 @contextmanager
 def blaming(option: str) -> Iterator[None]:
     """Whatever file or value is wrong within this block was given by ``option``."""
@@ -303,9 +310,9 @@ def blaming(option: str) -> Iterator[None]:
     except Refused:
         raise
     except OSError as error:
-        raise Refused(
-            f"argument {option}: cannot use {error.filename}: {error.strerror}"
-        ) from error
+        # Not every OSError knows its file.
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        raise Refused(f"argument {option}: cannot use {what}") from error
     except ValueError as error:
         raise Refused(f"argument {option}: {error}") from error
 

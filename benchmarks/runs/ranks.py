@@ -22,6 +22,7 @@ __all__ = [
     "first",
     "group",
     "has_own_gpu",
+    "launched",
     "own",
     "pooled",
     "rank",
@@ -36,14 +37,19 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 
+def launched() -> bool:
+    """Whether torchrun has started several of this program."""
+    started = dist.is_available() and dist.is_torchelastic_launched()
+    return started and os.environ["WORLD_SIZE"] != "1"
+
+
 def run(program: Callable[[], int]) -> int:
     """The exit code of ``program``, which every rank runs; what rank 0 says is printed.
 
     Each rank takes the GPU of its LOCAL_RANK, where there are enough. SIGTERM is Ctrl-C, for that
     is how torchrun ends the ranks.
     """
-    started = dist.is_available() and dist.is_torchelastic_launched()
-    if not started or os.environ["WORLD_SIZE"] == "1":
+    if not launched():
         return program()
     from torch.distributed.rendezvous import rendezvous  # not every build of torch has it
 

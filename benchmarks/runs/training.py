@@ -136,7 +136,8 @@ class Training(Generic[M]):
         ):
             self.keep(epoch, score)
         mean = math.fsum(losses) / len(losses) if losses else None
-        self.history.append({"train_loss": mean, self.SCORE: score})
+        rate = self.optimizer.param_groups[0]["lr"]
+        self.history.append({"train_loss": mean, "lr": rate, self.SCORE: score})
         self.epoch = epoch
         self.seconds += time.perf_counter() - started
 

@@ -250,6 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: list[str]) -> int:
+    command.alone()
     config, where, _ = command.parse(arguments, PROG, __doc__ or "", CONFIGS, command.Written)
     torch.set_num_threads(config.threads)
     device = torch.device(config.device)

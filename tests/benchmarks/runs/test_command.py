@@ -15,7 +15,8 @@ from benchmarks.regimes import __main__ as regimes
 from benchmarks.runs import command
 from benchmarks.sentiment import __main__ as sentiment
 from benchmarks.sentiment.training import PRESETS as OF_SENTIMENT
-from tests.benchmarks.running import Capsys, refused
+from benchmarks.speed import __main__ as speed
+from tests.benchmarks.running import Capsys, Main, refused
 
 MAINS = {"sentiment": sentiment.main, "brats": brats.main, "regimes": regimes.main}
 PRESETS: dict[str, dict[str, Any]] = {
@@ -147,3 +148,20 @@ def test_the_benchmarks_are_listed(capsys: Capsys) -> None:
     said = capsys.readouterr().out.splitlines()
     found = [re.fullmatch(r"python -m benchmarks\.(\w+) +\S.{20,}\.", line) for line in said]
     assert [match and match[1] for match in found] == ["sentiment", "brats", "speed", "regimes"]
+
+
+@pytest.mark.parametrize("main", [speed.main, regimes.main], ids=["speed", "regimes"])
+def test_what_does_not_divide_its_work_refuses_torchrun(
+    main: Main, capsys: Capsys, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "here")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = refused(main, capsys, "--preset", "quick", "--out", tmp_path / "out")
+    assert "start it without torchrun" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_error_without_a_file_says_what_it_says() -> None:
+    expected = pytest.raises(command.Refused, match="^argument --data: cannot use no space left$")
+    with expected, command.blaming("--data"):
+        raise OSError("no space left")

@@ -61,7 +61,7 @@ def test_the_table_opens_with_the_verdict_and_says_what_its_words_mean(
     said = capsys.readouterr()
     begun = [line for line in said.err.splitlines() if line.startswith("[3/7] ")]
     assert len(begun) == 3 and begun[0] == "[3/7] gmd, seed 0"
-    told = r"\[3/7\] gmd, seed 0, epoch 1/1: train loss [0-9.]+, valid mae [0-9.]+"
+    told = r"\[3/7\] gmd, seed 0, epoch 1/1: train loss [0-9.]+, lr 0.001, valid mae [0-9.]+"
     assert re.fullmatch(told, begun[1])
     table = (out / "table.md").read_text()
     assert table in said.out
